@@ -1,0 +1,19 @@
+"""Fixtures that every room shares."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def open_data() -> Path:
+    """Folder of openly licensed real shards (environment FEDWARD_DATA, else beside the checkout)."""
+    folder = Path(os.environ.get("FEDWARD_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no open data at {folder}; set FEDWARD_DATA to the folder that holds it")
+    return folder
