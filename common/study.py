@@ -26,6 +26,7 @@ from common.privacy.events import GaussianHistogram, PoissonGaussian, ReleaseEve
 from common.privacy.pricing import calibrate_gaussian, calibrate_noise_multiplier
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+Key = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,63}$")]
 Modality = Literal["series", "table", "text", "image", "embedding"]
 EMBEDDED_ENCODERS: Mapping[str, str] = {
     "series-statistics": "series",
@@ -267,8 +268,8 @@ class Study(Part):
     name: Name
     description: str = ""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    sources: dict[Name, Source] = Field(min_length=1)
-    tasks: dict[Name, Task] = Field(min_length=1)
+    sources: dict[Key, Source] = Field(min_length=1)
+    tasks: dict[Key, Task] = Field(min_length=1)
     model: Model = Model()
     training: Training = Training()
     training_without_privacy: Training | None = None

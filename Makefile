@@ -1,0 +1,37 @@
+# Two commands set everything up: `make demo` runs the main job, `make test` passes the tests.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install demo test lint check benchmarks results clean help
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 16
+
+install: $(STAMP)  ## create .venv with the locked environment
+
+# uv is taken from the path, else installed into a small environment of its own.
+$(STAMP): pyproject.toml uv.lock
+	@command -v uv >/dev/null || test -x .venv-uv/bin/uv || \
+		($(PYTHON) -m venv .venv-uv && .venv-uv/bin/pip install --quiet uv)
+	@PATH="$$PATH:$$PWD/.venv-uv/bin" && \
+		uv sync --frozen --all-extras --python "$$(command -v $(PYTHON))"
+	@touch $@
+
+demo: install  ## make four synthetic hospitals and train across them through `flwr run`
+	@$(BIN)/fedward simulate --synthetic 4 --study demo --out runs/demo --overwrite
+
+lint: install  ## ruff and mypy
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+test: install lint  ## everything that must pass
+	@$(BIN)/python -m pytest
+
+benchmarks: install  ## step time and memory, overhead per round (about 15 minutes)
+	@$(BIN)/python -m simulations.benchmarks.dp_step
+	@$(BIN)/python -m simulations.benchmarks.overhead
+
+clean:  ## remove what running leaves in the checkout
+	rm -rf runs .pytest_cache .mypy_cache .ruff_cache

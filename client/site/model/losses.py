@@ -1,0 +1,92 @@
+"""Losses of UNI-MLM (Björkdahl et al. 2024), one value per record.
+
+Each is a sum over tasks of functions of one record alone, divided by the constant K: nothing of
+another record enters, so a patient's gradient is defined and can be clipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.study import Study
+
+UNKNOWN = -1
+
+
+def class_averaged(
+    logits_BK: Tensor, labels_BK: Tensor, prevalence_K: Tensor, *, weighted: bool = True
+) -> Tensor:
+    """Class-averaged weighted cross-entropy, equations (2) and (4) -> `[B]`.
+
+    The paper's w = n / (2K #{y_k = c}) becomes 1 / (2K p_c) with the *public* prevalence p: counts
+    of the site would leak (and the paper prints the count of class 1 for both classes).
+
+    Args:
+        labels_BK: 1 true, 0 false, -1 unknown (contributes nothing).
+        weighted: Without, every class weighs 1/K.
+    """
+    tasks = logits_BK.shape[1]
+    if weighted:
+        positive, negative = 0.5 / prevalence_K, 0.5 / (1 - prevalence_K)
+    else:
+        positive = negative = torch.ones_like(prevalence_K)
+    plus = positive * F.logsigmoid(logits_BK)
+    minus = negative * F.logsigmoid(-logits_BK)
+    return -_masked_sum(plus, minus, labels_BK) / tasks
+
+
+def asymmetric(
+    logits_BK: Tensor, labels_BK: Tensor, *, margin: float = 0.05, gamma: float = 4.0
+) -> Tensor:
+    """Asymmetric loss, equations (3) and (4), one leading minus -> `[B]`.
+
+    L+ = (1 - phi) log phi; L- = p_m^gamma log(1 - p_m) with p_m = max(phi - margin, 0). The sum
+    over tasks is divided by K, as in `class_averaged`, so that a learning rate fits both.
+    """
+    phi = torch.sigmoid(logits_BK)
+    plus = torch.sigmoid(-logits_BK) * F.logsigmoid(logits_BK)
+    shifted = (phi - margin).clamp(min=0)
+    minus = shifted**gamma * torch.log1p(-shifted.clamp(max=1 - 1e-6))
+    return -_masked_sum(plus, minus, labels_BK) / logits_BK.shape[1]
+
+
+def _masked_sum(plus_BK: Tensor, minus_BK: Tensor, labels_BK: Tensor) -> Tensor:
+    zero = torch.zeros((), dtype=plus_BK.dtype, device=plus_BK.device)
+    known = torch.where(labels_BK == 1, plus_BK, minus_BK)
+    return torch.where(labels_BK == UNKNOWN, zero, known).sum(dim=1)
+
+
+RowLoss = Callable[[torch.nn.Module, dict[str, Tensor], dict[str, Tensor], Tensor], Tensor]
+
+
+def row_loss(study: Study) -> RowLoss:
+    """The study's loss as a function `(model, inputs, present, labels_BK) -> [B]`.
+
+    With decoders, equation (5): reconstruction + beta * classification.
+    """
+    m = study.model
+    prevalence = torch.tensor([t.prevalence for t in study.tasks.values()])
+
+    def loss(
+        model: torch.nn.Module,
+        inputs: dict[str, Tensor],
+        present: dict[str, Tensor],
+        labels_BK: Tensor,
+    ) -> Tensor:
+        prediction = model(inputs, present)
+        logits = prediction.logits_BK
+        if m.loss == "asl":
+            value = asymmetric(logits, labels_BK, margin=m.asl_margin, gamma=m.asl_gamma)
+        else:
+            value = class_averaged(
+                logits, labels_BK, prevalence.to(logits.device), weighted=m.class_weights
+            )
+        if prediction.reconstruction_B is None:
+            return value
+        return prediction.reconstruction_B + m.beta * value
+
+    return loss

@@ -1,0 +1,116 @@
+"""From a study to the model that its adapter belongs to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from client.site.model.fusion.uni_mlm import UniMlm
+from client.site.model.slm import Slm, load_slm
+from common.errors import ModelError
+from common.study import Study
+
+Builder = Callable[[Slm, Study, Mapping[str, int]], nn.Module]
+
+
+def _uni_mlm(slm: Slm, study: Study, dims: Mapping[str, int]) -> nn.Module:
+    return UniMlm(slm, study.model, dims, _prior_logits(study), seed=study.seed)
+
+
+SYSTEMS: Mapping[str, Builder] = {"uni-mlm": _uni_mlm}
+"""One entry per system of the papers; `Model.system` of the study chooses."""
+
+
+def build(
+    study: Study, dims: Mapping[str, int], *, device: torch.device | None = None
+) -> nn.Module:
+    """The model of a study, with the adapter that the study's seed gives.
+
+    Args:
+        dims: Width of each source's embedding, in the study's order.
+
+    Returns:
+        A module `(inputs, present) -> Prediction` whose trainable parameters are the adapter.
+
+    Raises:
+        ModelError: The SLM cannot be loaded.
+    """
+    slm = load_slm(study.model, device=device)
+    model = SYSTEMS[study.model.system](slm, study, {name: dims[name] for name in study.sources})
+    model.slm_description = slm.describe()
+    return model
+
+
+def adapter_state(model: nn.Module) -> dict[str, NDArray[np.float32]]:
+    """A copy of everything trainable, by parameter name."""
+    return {
+        name: p.detach().float().cpu().numpy().copy()
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+
+
+def load_adapter(model: nn.Module, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Copies an adapter into the model, in place.
+
+    Raises:
+        ModelError: A name, shape or type differs, or a value is not finite; nothing was copied.
+    """
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if own.keys() != arrays.keys():
+        missing, extra = sorted(own.keys() - arrays.keys()), sorted(arrays.keys() - own.keys())
+        raise ModelError(f"adapter does not fit: missing {missing[:3]}, unexpected {extra[:3]}")
+    for name, parameter in own.items():
+        array = arrays[name]
+        if array.shape != tuple(parameter.shape) or array.dtype != np.float32:
+            raise ModelError(
+                f"adapter part '{name}' is {array.dtype}{array.shape}, "
+                f"the model's is float32{tuple(parameter.shape)}"
+            )
+        if not np.isfinite(array).all():
+            raise ModelError(f"adapter part '{name}' holds values that are not finite")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(torch.from_numpy(np.ascontiguousarray(arrays[name])))
+
+
+def adapter_spec(model: nn.Module) -> dict[str, Any]:
+    """What coordinator, report and publication need to know of the adapter."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    lora = getattr(model.slm, "peft_config", None)
+    return {
+        "trainable_parameters": sum(p.numel() for p in trainable),
+        "bytes": sum(4 * p.numel() for p in trainable),
+        "slm": model.slm_description,
+        "designated": list(model.designated),
+        "dims": dict(model.dims),
+        "lora": _plain(lora["default"].to_dict()) if lora else None,
+    }
+
+
+def _plain(value: Any) -> Any:
+    """JSON-ready copy of a peft configuration."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    return str(value)
+
+
+def _prior_logits(study: Study) -> Tensor:
+    """Where an untrained model starts: the public prevalence, or 0 where classes are balanced."""
+    balanced = study.model.loss == "avg" and study.model.class_weights
+    return torch.tensor(
+        [0.0 if balanced else math.log(t.prevalence / (1 - t.prevalence))
+         for t in study.tasks.values()]
+    )

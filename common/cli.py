@@ -1,0 +1,63 @@
+"""`fedward`: the root command. Each room brings its own, through entry points.
+
+An entry point of the group `fedward.commands` names either a Typer application (a group of
+commands) or a function (one command). A room that is not installed brings none.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import entry_points, version
+
+import typer
+from rich.console import Console
+
+from common.errors import FedwardError
+
+GROUP = "fedward.commands"
+
+
+def build() -> typer.Typer:
+    """The application with the commands of every installed room."""
+    app = typer.Typer(
+        name="fedward",
+        help="Train one multimodal risk model across hospitals, with patient-level privacy.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    @app.callback(invoke_without_command=True)
+    def root(
+        show_version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+    ) -> None:
+        if show_version:
+            print(version("fedward"))
+            raise typer.Exit()
+
+    for entry in sorted(entry_points(group=GROUP), key=lambda e: e.name):
+        try:
+            command = entry.load()
+        except ModuleNotFoundError as error:
+            if error.name and error.name.split(".")[0] in ("client", "simulations", "deploy"):
+                raise
+            continue  # a room whose packages are not installed here: `fedward[site]` brings them
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=entry.name)
+        else:
+            app.command(entry.name)(command)
+    return app
+
+
+def main() -> None:
+    """Runs the command line; a `FedwardError` is shown as one clear message, exit code 1."""
+    try:
+        build()()
+    except FedwardError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(
+            f"[bold red]error[/] ({error.code}): {error}", markup=True
+        )
+        sys.exit(1)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted")
+        sys.exit(130)
