@@ -11,6 +11,7 @@ from importlib.metadata import entry_points, version
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from common.errors import FedwardError
 
@@ -54,9 +55,8 @@ def main() -> None:
     try:
         build()()
     except FedwardError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(
-            f"[bold red]error[/] ({error.code}): {error}", markup=True
-        )
+        message = Text.assemble(("error", "bold red"), f" ({error.code}): {error}")
+        Console(stderr=True, highlight=False, soft_wrap=True).print(message)
         sys.exit(1)
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted")

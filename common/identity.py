@@ -47,8 +47,9 @@ class Identity:
             key = serialization.load_pem_private_key(path.read_bytes(), password=None)
         except ValueError:
             raise FedwardError(
-                f"{path} is not a private key", cure="restore it from the backup, or remove it "
-                "and give the new public key to your partners"
+                f"{path} is not a private key",
+                cure="restore it from the backup, or remove it "
+                "and give the new public key to your partners",
             ) from None
         if not isinstance(key, Ed25519PrivateKey):
             raise FedwardError(f"{path} is not an Ed25519 key")

@@ -342,7 +342,7 @@ class Study(Part):
         if self.privacy.mode == "none":
             return Unprotected(population="validation")
         assert self.evaluation.noise_multiplier is not None, "resolve the study first"
-        return GaussianHistogram(noise_multiplier=self.evaluation.noise_multiplier)
+        return GaussianHistogram(noise_multiplier=self.evaluation.noise_multiplier, count=1)
 
     def reserved_events(self, site: str) -> tuple[ReleaseEvent, ...]:
         """Everything that the study may release at `site`: spare rounds included."""
@@ -375,14 +375,18 @@ class Study(Part):
     @classmethod
     def load(cls, path: str | Path) -> Study:
         """Reads a study file, or a ready study by its bare name (`demo`)."""
-        ready = {p.name[:-5]: p for p in resources.files("simulations.studies").iterdir()
-                 if p.name.endswith(".toml")}
+        ready = {
+            p.name[:-5]: p
+            for p in resources.files("simulations.studies").iterdir()
+            if p.name.endswith(".toml")
+        }
         if str(path) in ready:
             return cls.from_toml(ready[str(path)].read_text(), origin=str(path))
         path = Path(path)
         if not path.is_file():
             raise StudyError(
-                f"no study at {path}", cure=f"give a TOML file or one of: {', '.join(sorted(ready))}"
+                f"no study at {path}",
+                cure=f"give a TOML file or one of: {', '.join(sorted(ready))}",
             )
         return cls.from_toml(path.read_text(), origin=str(path))
 
@@ -413,8 +417,10 @@ def resolve(
         PrivacyError: The target cannot be met.
     """
     if epsilon is not None and not (epsilon > 0 and math.isfinite(epsilon)):
-        raise StudyError(f"epsilon must be a positive number, not {epsilon}",
-                         cure="use --no-privacy to run without differential privacy")
+        raise StudyError(
+            f"epsilon must be a positive number, not {epsilon}",
+            cure="use --no-privacy to run without differential privacy",
+        )
     raw = study.model_dump(mode="json")
     if sites is not None:
         known = study.federation.sites

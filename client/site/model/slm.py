@@ -87,8 +87,10 @@ def _load(name: str, revision: str | None, device: str) -> Slm:
     where = str(local) if is_folder else name
     if is_folder:
         if not (local / "config.json").is_file():
-            raise ModelError(f"slm folder {local} has no config.json",
-                             cure="give a folder written by save_pretrained")
+            raise ModelError(
+                f"slm folder {local} has no config.json",
+                cure="give a folder written by save_pretrained",
+            )
         if not list(local.glob("*.safetensors")):
             raise ModelError(
                 f"slm folder {local} has no .safetensors file",

@@ -111,6 +111,8 @@ def _prior_logits(study: Study) -> Tensor:
     """Where an untrained model starts: the public prevalence, or 0 where classes are balanced."""
     balanced = study.model.loss == "avg" and study.model.class_weights
     return torch.tensor(
-        [0.0 if balanced else math.log(t.prevalence / (1 - t.prevalence))
-         for t in study.tasks.values()]
+        [
+            0.0 if balanced else math.log(t.prevalence / (1 - t.prevalence))
+            for t in study.tasks.values()
+        ]
     )

@@ -1,0 +1,203 @@
+"""The UNI-MLM model: paper's equations, missing sources, families, adapters."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from client.site.model.losses import row_loss
+from client.site.model.slm import load_slm
+from client.site.model.system import adapter_spec, adapter_state, build, load_adapter
+from common.errors import ModelError
+from common.study import Federation, Lora, Model, Site, Source, Study, Task
+
+DIMS = {"lab": 12, "chart": 6, "note": 20}
+FAMILIES = ["gemma", "gemma2", "llama", "phi3", "qwen2"]
+
+
+def study(**model) -> Study:
+    series = {"modality": "series", "encoder": "series-statistics"}
+    return Study(
+        name="test",
+        sources={
+            "lab": Source(**series, series=("sodium",)),
+            "chart": Source(**series, series=("heart_rate",)),
+            "note": Source(modality="text", encoder="hashed-text"),
+        },
+        tasks={"death": Task(prevalence=0.1), "stay": Task(prevalence=0.4)},
+        model=Model(**model),
+        federation=Federation(sites={"a": Site(patients_declared=10)}),
+    )
+
+
+def batch(rows: int = 8, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    inputs = {s: torch.randn(rows, 1, d, generator=g) for s, d in DIMS.items()}
+    present = {s: torch.rand(rows, 1, generator=g) < 0.7 for s in DIMS}
+    present["lab"][:] = True
+    return inputs, present, torch.randint(-1, 2, (rows, 2), generator=g).to(torch.int8)
+
+
+def randomised(model: torch.nn.Module, seed: int = 3) -> torch.nn.Module:
+    """Away from the initial point, where everything is constant."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.copy_(torch.randn(p.shape, generator=g) * 0.3)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_the_average_of_full_head_logits_over_present_tokens(slm_folder, family) -> None:
+    """Record by record, with absent tokens cut out of the sequence, through the whole head."""
+    s = study(slm=str(slm_folder(family)), logit_gain=1.5)
+    model = randomised(build(s, DIMS))
+    inputs, present, _ = batch()
+    ours = model(inputs, present).logits_BK
+    slm = load_slm(s.model)
+    for row in range(len(ours)):
+        tokens, positions = [], []
+        for index, (name, projector) in enumerate(model.projectors.items()):
+            if present[name][row, 0]:
+                base = model.base_SH[index]
+                scale = s.model.token_scale * base.square().mean().sqrt()
+                tokens.append(base + scale * projector(inputs[name][row, 0] / DIMS[name] ** 0.5))
+                positions.append(index)
+        logits = slm.causal(
+            inputs_embeds=torch.stack(tokens)[None], position_ids=torch.tensor([positions])
+        ).logits[0]
+        expected = 1.5 * logits[:, model.designated].mean(0) + model.offset_K
+        torch.testing.assert_close(ours[row], expected, atol=2e-5, rtol=2e-4)
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+def test_a_record_does_not_see_its_neighbours(slm_folder, decoder: bool) -> None:
+    s = study(slm=str(slm_folder("llama")), decoder=decoder)
+    model = randomised(build(s, DIMS))
+    inputs, present, labels = batch()
+    loss = row_loss(s)
+    before = loss(model, inputs, present, labels)
+    for name in DIMS:
+        inputs[name][1:] *= -7
+        present[name][1:] = ~present[name][1:]
+    after = loss(model, inputs, present, labels)
+    assert torch.equal(before[0], after[0])
+    assert not torch.equal(before[1:], after[1:])
+
+
+def test_absent_source_gives_no_gradient_and_no_value(slm_folder) -> None:
+    s = study(slm=str(slm_folder("llama")), decoder=True)
+    model = randomised(build(s, DIMS))
+    inputs, present, labels = batch()
+    present["note"][:] = False
+    loss = row_loss(s)(model, inputs, present, labels)
+    loss.sum().backward()
+    assert model.projectors["note"].weight.grad.abs().max() == 0
+    assert model.decoders["note"].weight.grad.abs().max() == 0
+    assert model.projectors["lab"].weight.grad.abs().max() > 0
+    inputs["note"][:] = float("nan")
+    assert torch.equal(loss, row_loss(s)(model, inputs, present, labels))
+
+
+def test_record_without_any_source_is_finite(slm_folder) -> None:
+    model = randomised(build(study(slm=str(slm_folder("gemma"))), DIMS))
+    inputs, present, _ = batch(2)
+    for mask in present.values():
+        mask[0] = False
+    logits = model(inputs, present).logits_BK
+    assert torch.isfinite(logits).all()
+    torch.testing.assert_close(logits[0], model.offset_K)
+
+
+def test_untrained_model_predicts_the_public_prior(slm_folder) -> None:
+    folder = str(slm_folder("llama"))
+    inputs, present, _ = batch()
+    full = {name: torch.ones_like(mask) for name, mask in present.items()}
+    balanced = build(study(slm=folder), DIMS)(inputs, full).logits_BK
+    torch.testing.assert_close(balanced, torch.zeros_like(balanced), atol=1e-5, rtol=0)
+    plain = build(study(slm=folder, class_weights=False), DIMS)(inputs, full).logits_BK
+    torch.testing.assert_close(
+        torch.sigmoid(plain), torch.tensor([[0.1, 0.4]]).expand(len(plain), 2), atol=1e-5, rtol=0
+    )
+
+
+def test_same_seed_same_model_other_seed_other_entries(slm_folder) -> None:
+    s = study(slm=str(slm_folder("llama")), lora=Lora(rank=2), decoder=True)
+    first, second = build(s, DIMS), build(s, DIMS)
+    other = build(s.model_copy(update={"seed": 5}), DIMS)
+    a, b = adapter_state(first), adapter_state(second)
+    assert all(np.array_equal(a[name], b[name]) for name in a)
+    assert first.designated == second.designated != other.designated
+    assert len(set(first.designated)) == 2
+
+
+def test_only_adapter_is_trainable_and_slm_is_shared(slm_folder) -> None:
+    s = study(slm=str(slm_folder("llama")))
+    first, second = build(s, DIMS), build(s, DIMS)
+    assert first.slm is second.slm
+    assert all(name.startswith("projectors.") for name in adapter_state(first))
+    assert adapter_spec(first)["trainable_parameters"] == sum(64 * (d + 1) for d in DIMS.values())
+    lora = adapter_state(build(study(slm=str(slm_folder("llama")), lora=Lora(rank=2)), DIMS))
+    assert sum("lora_" in name for name in lora) == 8
+    assert not any("lora_" in name for name, _ in first.named_parameters())
+
+
+def test_adapter_round_trip_is_exact_and_strict(slm_folder) -> None:
+    s = study(slm=str(slm_folder("phi3")), lora=Lora(rank=2, targets=("qkv_proj",)))
+    source, target = randomised(build(s, DIMS)), build(s, DIMS)
+    arrays = adapter_state(source)
+    load_adapter(target, arrays)
+    inputs, present, _ = batch()
+    assert torch.equal(source(inputs, present).logits_BK, target(inputs, present).logits_BK)
+    before = adapter_state(target)
+    name = "projectors.lab.weight"
+    wrong = {
+        "missing": {k: v for k, v in arrays.items() if k != name},
+        "shape": arrays | {name: arrays[name][:, :3]},
+        "float64": arrays | {name: arrays[name].astype(np.float64)},
+        "finite": arrays | {name: np.full_like(arrays[name], np.nan)},
+    }
+    for reason, bad in wrong.items():
+        with pytest.raises(ModelError) as caught:
+            load_adapter(target, bad)
+        assert reason in str(caught.value) or name in str(caught.value)
+    assert all(np.array_equal(before[k], v) for k, v in adapter_state(target).items())
+
+
+def test_several_tokens_per_source(slm_folder) -> None:
+    """Unpooled encoders give T tokens; padding tokens change nothing."""
+    model = randomised(build(study(slm=str(slm_folder("llama"))), DIMS))
+    inputs, present, _ = batch(4)
+    inputs["note"] = torch.randn(4, 3, 20)
+    present["note"] = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0], [1, 1, 1]]).bool()
+    logits = model(inputs, present).logits_BK
+    inputs["note"][0, 2] = 1e4
+    assert torch.equal(logits, model(inputs, present).logits_BK)
+
+
+class TestLoading:
+    def test_folder_without_safetensors(self, slm_folder, tmp_path) -> None:
+        (tmp_path / "config.json").write_bytes((slm_folder("llama") / "config.json").read_bytes())
+        (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+        with pytest.raises(ModelError, match=r"no \.safetensors file[\s\S]*save_pretrained"):
+            load_slm(Model(slm=str(tmp_path)))
+
+    def test_empty_folder(self, tmp_path) -> None:
+        with pytest.raises(ModelError, match=r"no config\.json"):
+            load_slm(Model(slm=str(tmp_path)))
+
+    def test_unreachable_id_says_what_to_do(self, monkeypatch) -> None:
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        with pytest.raises(ModelError, match=r"cannot be loaded[\s\S]*HF_HUB_OFFLINE"):
+            load_slm(Model(slm="nobody/nothing", revision="0" * 40))
+
+    def test_other_family_is_named(self, tmp_path) -> None:
+        import transformers
+
+        config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50)
+        transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+        with pytest.raises(ModelError, match=r"family 'gpt2'[\s\S]*llama"):
+            load_slm(Model(slm=str(tmp_path)))

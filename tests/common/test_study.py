@@ -1,0 +1,112 @@
+"""Studies: identity, resolution, and clear errors for every mistake in the file."""
+
+from __future__ import annotations
+
+import pytest
+
+from common.errors import FedwardError, StudyError
+from common.privacy.pricing import epsilon
+from common.study import Study, resolve, unknown
+
+TOML = """
+name = "small"
+[sources.lab]
+modality = "series"
+encoder = "series-statistics"
+series = ["sodium", "lactate"]
+[tasks.hospital_mortality]
+prevalence = 0.1
+[training]
+steps_per_round = 5
+[training_without_privacy]
+optimizer = "sgd"
+learning_rate = 0.25
+[federation]
+rounds = 4
+[federation.sites.north]
+patients_declared = 300
+[federation.sites.south]
+patients_declared = 100
+"""
+
+
+def test_round_trip_keeps_the_hash() -> None:
+    for study in (Study.from_toml(TOML), resolve(Study.from_toml(TOML))):
+        assert Study.from_toml(study.to_toml()).hash == study.hash
+
+
+def test_every_override_makes_another_study() -> None:
+    study = Study.from_toml(TOML)
+    variants = [
+        resolve(study),
+        resolve(study, epsilon=2),
+        resolve(study, rounds=3),
+        resolve(study, private=False),
+        resolve(study, seed=1),
+        resolve(study, sites={"north": None}),
+    ]
+    assert len({v.hash for v in variants}) == len(variants)
+    assert all(v.resolved for v in variants)
+    assert not study.resolved
+
+
+def test_resolved_study_prices_at_its_target() -> None:
+    study = resolve(Study.from_toml(TOML), epsilon=3.0)
+    events = study.reserved_events("north")
+    for population in ("train", "validation"):
+        own = [e for e in events if e.population == population]
+        assert 2.9 < epsilon(own, study.privacy.delta) <= 3.0
+    assert study.priced_rounds == 5
+    assert study.expected_batch("north") == pytest.approx(30)
+    assert study.weight("north") + study.weight("south") == 1
+
+
+def test_without_privacy_uses_its_own_training_and_no_noise() -> None:
+    study = resolve(Study.from_toml(TOML), private=False)
+    assert study.training.optimizer == "sgd"
+    assert study.privacy.noise_multiplier is None
+    assert epsilon(study.reserved_events("north"), 1e-5) == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("rounds = 4", "rounds = 0"), "federation.rounds"),
+        (("rounds = 4", "ruonds = 4"), "federation.ruonds: unknown key"),
+        (('"series-statistics"', '"bert"'), "unknown encoder 'bert'"),
+        (('"series-statistics"', '"huggingface:org/bert"'), "revision"),
+        (('"series-statistics"', '"hashed-text"'), "reads text"),
+        (("[training]", '[model]\nslm = "gpt5"\n[training]'), "unknown slm 'gpt5'"),
+        (("[training]", '[model]\nslm = "google/gemma-2b"\n[training]'), "revision"),
+        (("[training]", "[privacy]\nepsilon = -1\n[training]"), "privacy.epsilon"),
+        (("[training]", "[privacy]\ndelta = 0.005\n[training]"), "1/patients_declared"),
+        (("[tasks.hospital_mortality]", "[tasks.y_hospital_mortality]"), "leave out 'y_'"),
+        (('"lactate"', '"sodium"'), "twice"),
+        (("name = ", "name "), "not valid TOML"),
+    ],
+)
+def test_mistakes_name_the_key(change: tuple[str, str], said: str) -> None:
+    with pytest.raises(StudyError) as caught:
+        Study.from_toml(TOML.replace(*change), origin="mine.toml")
+    assert said in str(caught.value)
+    assert "mine.toml" in str(caught.value)
+
+
+def test_resolve_refuses_what_cannot_run() -> None:
+    study = Study.from_toml(TOML)
+    with pytest.raises(FedwardError, match="epsilon"):
+        resolve(study, epsilon=0)
+    with pytest.raises(FedwardError, match="no declared number"):
+        resolve(study, sites={"east": None})
+    assert resolve(study, sites={"east": 50}).federation.sites["east"].patients_declared == 50
+
+
+def test_unknown_study_file_lists_the_ready_ones() -> None:
+    with pytest.raises(StudyError, match="no study at"):
+        Study.load("nothing.toml")
+
+
+def test_unknown_suggests_the_nearest() -> None:
+    assert "did you mean 'hospital_mortality'" in str(
+        unknown("task", "hospital_mortalty", ["hospital_mortality", "readmission"])
+    )
