@@ -1,0 +1,291 @@
+"""The ledger: durable, chained, shared by processes, and never more than was reserved."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from common.errors import PrivacyError, Refusal
+from common.messages import Request
+from common.privacy.events import PoissonGaussian
+from common.privacy.ledger import Ledger, Released
+from common.study import Study, resolve
+
+
+def make_study(*, private: bool = True, rounds: int = 4, name: str = "small") -> Study:
+    study = Study.model_validate(
+        {
+            "name": name,
+            "sources": {
+                "lab": {"modality": "series", "encoder": "series-statistics", "series": ["lactate"]}
+            },
+            "tasks": {"death": {}},
+            "privacy": {"spare_rounds": 0.25},
+            "training": {"steps_per_round": 3},
+            "federation": {"rounds": rounds, "sites": {"a": {"patients_declared": 50}}},
+        }
+    )
+    return resolve(study, private=private)
+
+
+STUDY = make_study()
+
+
+def train(round_: int, attempt: int = 0, run: str = "run") -> Request:
+    return Request(
+        kind="train", run=run, site="a", study_hash=STUDY.hash, round=round_, attempt=attempt
+    )
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "state" / "ledger.jsonl"
+
+
+def approved(path: Path, study: Study = STUDY) -> Ledger:
+    ledger = Ledger.open(path, "a")
+    ledger.approve(study)
+    return ledger
+
+
+def test_lines_describe_events_and_survive_a_restart(path: Path) -> None:
+    ledger = approved(path)
+    request = train(1)
+    ledger.charge(STUDY, "a", request)
+    ledger.refuse(train(9), "budget-exhausted")
+
+    again = Ledger.open(path, "a")
+    assert [line.line for line in again.lines] == [
+        "genesis",
+        "study-approved",
+        "released",
+        "refused",
+    ]
+    assert again.head == ledger.head
+    assert again.events() == (STUDY.round_event("a"),)
+    assert [c.request_digest for c in again.released(STUDY.hash)] == [request.digest]
+    assert "epsilon" not in path.read_text()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_charge_is_on_disk_before_it_returns(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    real = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: (real(handle), synced.append(os.fstat(handle).st_size))[0]
+    )
+    ledger = approved(path)
+    ledger.charge(STUDY, "a", train(1))
+    assert synced[-1] == path.stat().st_size
+    assert path.parent.stat().st_size in synced, "the folder entry of a new ledger is synced too"
+
+
+def test_reserve_is_rounds_with_spare_ones_and_the_declared_evaluations(path: Path) -> None:
+    ledger = approved(path)
+    assert STUDY.priced_rounds == 5
+    for number in range(1, 6):
+        ledger.charge(STUDY, "a", train(number))
+    with pytest.raises(Refusal, match="spent all 5") as refusal:
+        ledger.charge(STUDY, "a", train(6))
+    assert refusal.value.code == "budget-exhausted"
+
+    evaluate = Request(kind="evaluate", run="run", site="a", study_hash=STUDY.hash, round=1)
+    ledger.charge(STUDY, "a", evaluate)
+    with pytest.raises(Refusal, match="spent all 1"):
+        ledger.charge(STUDY, "a", evaluate.model_copy(update={"round": 2}))
+    assert ledger.epsilon(STUDY.privacy.delta)["train"] <= STUDY.privacy.epsilon
+    assert ledger.epsilon(STUDY.privacy.delta)["validation"] <= STUDY.privacy.epsilon
+
+
+def test_another_run_of_the_study_draws_on_the_same_reserve(path: Path) -> None:
+    ledger = approved(path)
+    for number in range(1, 6):
+        ledger.charge(STUDY, "a", train(number, run=f"run-{number % 2}"))
+    with pytest.raises(Refusal, match="spent all 5"):
+        ledger.charge(STUDY, "a", train(1, run="yet another"))
+
+
+def test_changed_request_needs_a_higher_attempt(path: Path) -> None:
+    ledger = approved(path)
+    ledger.charge(STUDY, "a", train(1))
+    with pytest.raises(Refusal) as refusal:
+        ledger.charge(STUDY, "a", train(1))
+    assert refusal.value.code == "request-changed"
+    ledger.charge(STUDY, "a", train(1, attempt=1))
+    with pytest.raises(Refusal, match="attempt 1"):
+        ledger.charge(STUDY, "a", train(1, attempt=1))
+    assert len(ledger.events("train")) == 2
+
+
+def test_unapproved_study_is_not_charged(path: Path) -> None:
+    with pytest.raises(Refusal) as refusal:
+        Ledger.open(path, "a").charge(STUDY, "a", train(1))
+    assert refusal.value.code == "study-unapproved"
+
+
+def test_prices_by_population_and_study(path: Path) -> None:
+    ledger = approved(path)
+    open_study = make_study(private=False, name="open")
+    ledger.approve(open_study)
+    assert ledger.epsilon(1e-5) == {"train": 0.0, "validation": 0.0}
+    ledger.charge(STUDY, "a", train(1))
+    first = ledger.epsilon(1e-5)
+    assert 0 < first["train"] < math.inf
+    assert first["validation"] == 0.0
+    ledger.charge(open_study, "a", train(1).model_copy(update={"study_hash": open_study.hash}))
+    assert ledger.epsilon(1e-5)["train"] == math.inf
+    assert ledger.epsilon(1e-5, STUDY.hash) == first
+
+
+@pytest.mark.parametrize("what", ["value", "removed", "inserted"])
+def test_altered_history_is_refused_by_line(path: Path, what: str) -> None:
+    ledger = approved(path)
+    for number in range(1, 4):
+        ledger.charge(STUDY, "a", train(number))
+    lines = path.read_text().splitlines(keepends=True)
+    if what == "value":
+        altered = json.loads(lines[2])
+        altered["event"]["steps"] = 1
+        lines[2] = json.dumps(altered) + "\n"
+    elif what == "removed":
+        del lines[2]
+    else:
+        lines.insert(2, lines[2])
+    path.write_text("".join(lines))
+    with pytest.raises(PrivacyError, match=r"line [34] does not follow"):
+        Ledger.open(path, "a")
+
+
+def test_a_ledger_that_shrinks_in_use_is_refused(path: Path) -> None:
+    ledger = approved(path)
+    ledger.charge(STUDY, "a", train(1))
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(PrivacyError, match="shorter"):
+        ledger.charge(STUDY, "a", train(2))
+
+
+def test_torn_last_line_is_kept_aside_and_reported(path: Path) -> None:
+    ledger = approved(path)
+    ledger.charge(STUDY, "a", train(1))
+    ledger.charge(STUDY, "a", train(2))
+    whole = path.read_bytes()
+    torn = whole.splitlines()[-1][:40]
+    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:-1]) + torn)
+
+    again = Ledger.open(path, "a")
+    assert (path.parent / "ledger.torn").read_bytes() == torn + b"\n"
+    assert again.lines[-1].line == "recovered"
+    assert len(again.events()) == 1
+    assert again.verify() == 4
+    again.charge(STUDY, "a", train(2))
+    assert Ledger.open(path, "a").verify() == 5
+
+
+def test_whole_last_line_without_its_end_counts_as_spent(path: Path) -> None:
+    ledger = approved(path)
+    ledger.charge(STUDY, "a", train(1))
+    path.write_bytes(path.read_bytes()[:-1])
+    assert len(Ledger.open(path, "a").events()) == 1
+    assert len(Ledger.open(path, "a").events()) == 1
+    assert not (path.parent / "ledger.torn").exists()
+
+
+def test_failed_write_spends_or_leaves_nothing_but_never_releases(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = approved(path)
+    real = os.write
+    state = {"full": True}
+
+    def short_then_full(handle: int, data: bytes) -> int:
+        if state["full"] and b"released" not in data:
+            raise OSError(28, "No space left on device")
+        return real(handle, data[:25] if state["full"] else data)
+
+    monkeypatch.setattr(os, "write", short_then_full)
+    with pytest.raises(OSError, match="No space"):
+        ledger.charge(STUDY, "a", train(1))
+    assert ledger.events() == ()
+    state["full"] = False
+    ledger.charge(STUDY, "a", train(1))
+    assert [line.line for line in ledger.lines[-2:]] == ["recovered", "released"]
+    assert Ledger.open(path, "a").verify() == 4
+
+
+def test_two_processes_never_spend_one_reserve_twice(path: Path) -> None:
+    study = make_study(rounds=40)
+    approved(path, study)
+    program = (
+        "import sys; from common.privacy.ledger import Ledger; from common.study import Study\n"
+        "from common.messages import Request; from common.errors import Refusal\n"
+        "study = Study.model_validate_json(sys.stdin.read()); l = Ledger.open(sys.argv[1], 'a')\n"
+        "n = 0\n"
+        "for r in range(1, 60):\n"
+        "  try:\n"
+        "    l.charge(study, 'a', Request(kind='train', run=sys.argv[2], site='a',"
+        " study_hash=study.hash, round=r)); n += 1\n"
+        "  except Refusal as e: assert e.code == 'budget-exhausted', e\n"
+        "print(n)"
+    )
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(path), name],
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        for name in ("one", "two")
+    ]
+    for worker in workers:
+        assert worker.stdin
+        worker.stdin.write(study.canonical().decode())
+        worker.stdin.close()
+    spent = [int(worker.stdout.read()) for worker in workers if worker.stdout]
+    assert [worker.wait() for worker in workers] == [0, 0]
+    assert sum(spent) == study.priced_rounds == 50
+    assert len(Ledger.open(path, "a").events()) == 50
+
+
+def test_seeded_ledgers_are_marked_for_ever(path: Path, tmp_path: Path) -> None:
+    Ledger.open(path, "a", simulated=True)
+    assert Ledger.open(path, "a").simulated
+    Ledger.open(tmp_path / "real.jsonl", "a")
+    with pytest.raises(PrivacyError, match="real randomness"):
+        Ledger.open(tmp_path / "real.jsonl", "a", simulated=True)
+    with pytest.raises(PrivacyError, match="ledger of site 'a', not 'b'"):
+        Ledger.open(path, "b")
+
+
+def test_ten_thousand_lines_open_in_two_seconds(path: Path) -> None:
+    ledger = approved(path)
+    event = PoissonGaussian(
+        sample_rate=0.1, noise_multiplier=1.0, steps=3, max_grad_norm=1.0, denominator=5.0
+    )
+    previous, rows = ledger.head, []
+    for number in range(10_000):
+        raw = Released(
+            previous=previous,
+            at="2026-01-01",
+            study_hash=STUDY.hash,
+            run="r",
+            round=number,
+            attempt=0,
+            request_digest="0" * 64,
+            event=event,
+        ).model_dump_json()
+        previous = hashlib.sha256(raw.encode()).hexdigest()
+        rows.append(raw + "\n")
+    with path.open("a") as file:
+        file.writelines(rows)
+    start = time.perf_counter()
+    assert Ledger.open(path, "a").verify() == 10_002
+    assert time.perf_counter() - start < 4, "opened twice"
