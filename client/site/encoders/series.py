@@ -15,6 +15,7 @@ over the measurement's number and not over time), with these differences, all on
 * Values are standardised by public clinical constants before, and each statistic is squashed into
   [-1, 1] by public constants after. Everything is a function of the one record: no mean or
   deviation over patients, which under differential privacy would be an unpaid release.
+  Zero therefore means typical, for an absent series as well; the presence flag tells them apart.
 """
 
 from __future__ import annotations
@@ -49,10 +50,18 @@ STATISTICS = (
 DEMOGRAPHICS = ("age", "age_missing", "male", "female", "sex_unknown")
 """Columns of `demographics`."""
 
-# Typical sizes of the statistics of a standardised ICU series; tanh(statistic / size) fills [-1, 1]
-# without saturating. Counts and sums grow with the number of entries: their logarithm is used.
-_SIZE = np.array([2.0, 1.0, 2.0, 2.0, 0.25, 1.0, 2.0, 4.0, 2.0, 3.0, 0.25])
+# What each statistic of a standardised ICU series typically is and by how much it varies: from what
+# such a series looks like (entries within about one scale of their mean, a few per day), not from
+# data. Sums and counts grow with the number of entries, so their logarithm, ln(1 + s), is used.
+_TYPICAL = np.array([0.0, 0.6, -0.7, 0.7, 0.0, 0.6, 1.0, 1.3, 0.0, 0.7, 0.0])
+_SIZE = np.array([2.0, 1.0, 2.0, 2.0, 1.0, 1.0, 2.0, 3.0, 2.0, 2.0, 1.0])
 _LOGARITHMIC = np.array([name in ("sum_of_absolute_differences", "peaks") for name in STATISTICS])
+# Under DP every coordinate receives the same noise, so its range says how much of the signal it is
+# expected to carry: a patient's level before its variation, and that before what two noisy readings
+# differ by. Presence is nearly constant for common series and would eat the clipping bound.
+_RANGE = np.array([1.0, 0.5, 0.8, 0.8, 0.3, 0.5, 0.5, 0.5, 0.5, 0.5, 0.3])
+PRESENCE = 0.2
+"""Value of the presence flag of a series that has an entry."""
 
 
 def dimension(n_series: int) -> int:
@@ -75,7 +84,7 @@ def statistics(
 
     Returns:
         ``x`` float32 ``[N, 12 S]`` in [-1, 1]: the eleven statistics of the first series, of the
-        second, ..., then the S presence flags (0 or 1). An absent series is all zeros.
+        second, ..., then the S presence flags (`PRESENCE` or 0). An absent series is all zeros.
         ``present`` bool ``[N]``: whether any of the series has an entry. Rows as in `records`.
 
     Raises:
@@ -85,11 +94,11 @@ def statistics(
     n, s, k = records.height, len(chosen), len(STATISTICS)
     group, value = _entries(events, records, source, chosen)
     raw, groups = _raw_statistics(group, value)
-    squashed = np.where(_LOGARITHMIC, np.log1p(np.abs(raw)), raw) / _SIZE
+    grown = np.where(_LOGARITHMIC, np.log1p(np.abs(raw)), raw)
     cells = np.zeros((n * s, k), dtype=np.float32)
-    cells[groups] = np.tanh(squashed)
+    cells[groups] = _RANGE * np.tanh((grown - _TYPICAL) / _SIZE)
     seen = np.zeros(n * s, dtype=np.float32)
-    seen[groups] = 1.0
+    seen[groups] = PRESENCE
     presence = seen.reshape(n, s)
     return np.concatenate([cells.reshape(n, s * k), presence], axis=1), presence.max(axis=1) > 0
 

@@ -89,9 +89,10 @@ def test_each_statistic_equals_its_slow_transcription(cohort) -> None:
                 continue
             raw = np.array(transcribed([z for _, z in mine]))
             raw[[7, 9]] = np.log1p(raw[[7, 9]])
-            np.testing.assert_allclose(cell, np.tanh(raw / series._SIZE), atol=2e-6)
+            expected = series._RANGE * np.tanh((raw - series._TYPICAL) / series._SIZE)
+            np.testing.assert_allclose(cell, expected, atol=2e-6)
             compared += 1
-        np.testing.assert_array_equal(x[row, 33:], np.array(seen, dtype=np.float32))
+        np.testing.assert_allclose(x[row, 33:], series.PRESENCE * np.array(seen))
         assert present[row] == any(seen)
     assert compared > 100
 
@@ -206,4 +207,5 @@ def test_real_stays(open_data) -> None:
     x, present = series.statistics(events, records, "chart", names)
     assert present.mean() > 0.95
     # The constants fit: few cells sit at the bound.
-    assert (np.abs(x[:, : 28 * 11]) > 0.99).mean() < 0.05
+    cells = x[:, : 28 * 11].reshape(len(x), 28, 11) / series._RANGE
+    assert (np.abs(cells) > 0.99).mean() < 0.05
