@@ -20,8 +20,8 @@ from safetensors.numpy import load, save
 
 Arrays = dict[str, NDArray[Any]]
 Kind = Literal["roster", "prepare", "initialise", "train", "evaluate"]
-"""`roster`: which sites answer here. `prepare`: check study, encode, load the SLM. `initialise`: the
-adapter that the study's seed gives (a function of public values). `train`: one charged round.
+"""`roster`: which sites answer here. `prepare`: check study, encode, load the SLM. `initialise`:
+the adapter that the study's seed gives (a function of public values). `train`: one charged round.
 `evaluate`: one charged release on validation patients."""
 
 

@@ -290,8 +290,8 @@ class Study(Part):
         for name, site in self.federation.sites.items():
             if self.privacy.mode != "none" and self.privacy.delta >= 1 / site.patients_declared:
                 raise ValueError(
-                    f"privacy.delta {self.privacy.delta:g} is not below 1/patients_declared of site "
-                    f"'{name}' ({1 / site.patients_declared:g}); choose a smaller delta"
+                    f"privacy.delta {self.privacy.delta:g} is not below 1/patients_declared of "
+                    f"site '{name}' ({1 / site.patients_declared:g}); choose a smaller delta"
                 )
         return self
 

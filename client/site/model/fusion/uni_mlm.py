@@ -33,8 +33,8 @@ class Prediction:
 class UniMlm(nn.Module):
     """Projectors before a frozen SLM.
 
-    A token is `base_s + token_scale * r * (W_s e + b_s)`: `base_s` is the (frozen) embedding of a
-    vocabulary entry drawn for the source, `r` its RMS times 1/sqrt(d_s), and W_s, b_s start at zero.
+    A token is `base_s + token_scale * r * (W_s e / sqrt(d_s) + b_s)`: `base_s` is the (frozen)
+    embedding of a vocabulary entry drawn for the source, `r` its RMS, and W_s, b_s start at zero.
     The paper starts from a random W instead; from zero the first gradients are those of a linear
     model in e, which under clipping and noise is worth more than the random features.
 
