@@ -1,0 +1,193 @@
+"""The clipped sum of a step, by book-keeping: one backward pass, a proven bound.
+
+Book-keeping (Bu et al., ICML 2023) keeps each trainable layer's input and takes one backward pass
+to the layers' *outputs*; per-patient norms follow from both (`layers`), and the sum of the clipped
+gradients from one weighted product per layer. k records of a patient are k times as many tokens of
+one gradient, so clipping is exact per patient.
+
+Claim. Let S be the float64 sum over the sampled patients. If rows are independent (below), removing
+a patient p from the site moves S by at most C·(1 + slack) in L2 norm. Proof: with
+n = sqrt(Σ_layers bound) and m = sqrt(Σ_layers mass²), p is scaled by
+
+    c = min(1, C / max(n·(1 + 2^-30), κ·m)),    κ = 2^-10,
+
+so the exact contribution has norm c·‖G‖ ≤ C, and c·m ≤ C/κ. The computed S differs from the exact
+sum by at most γ_N·Σ_p c·m ≤ γ_N·B·C/κ, for B patients and N additions on the way to any element;
+twice that (with p and without) is the slack. The term κ·m binds only where a patient's tokens
+cancel to a thousandth of their mass; without it an adapter could cancel c·Σ‖g‖‖x‖ ≫ C to C in the
+norm and leave its rounding in the sum.
+
+The claim holds for any weights: nothing about the adapter is assumed. Rows are independent if no
+layer mixes patients, in the model or in the kernels that run it: `row_deviation` measures this on
+the model itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from client.site.training.layers import CoveredLayer, covered_layers
+from common.errors import PrivacyError
+
+_KAPPA = 2.0**-10
+_MARGIN = 1 + 2.0**-30
+_UNIT = 2.0**-53
+
+
+@dataclass
+class _Capture:
+    """One call of a layer: what went in and what came out, unmodified since."""
+
+    x: Tensor
+    y: Tensor
+    versions: tuple[int, int]
+
+
+class PatientClipper:
+    """Accumulates Σ_p clip(G_p) over the micro-batches of a step.
+
+    Use: `begin()`, then per micro-batch `with capture(): loss = ...` and `add(loss, valid)`; the
+    sums are then in `sums`.
+
+    Args:
+        model: Its trainable parameters must lie in covered layers.
+        max_grad_norm: C.
+        rows_per_patient: k; patient p owns the rows p·k ... (p+1)·k - 1 of every pass.
+
+    Raises:
+        PrivacyError: As `covered_layers`.
+    """
+
+    def __init__(self, model: nn.Module, max_grad_norm: float, rows_per_patient: int) -> None:
+        self.layers: list[CoveredLayer] = covered_layers(model)
+        self.max_grad_norm = max_grad_norm
+        self.rows_per_patient = rows_per_patient
+        self.tokens_per_patient = 0
+        self._captures: dict[str, _Capture] = {}
+        self._recording = False
+        self._hooks = [
+            layer.module.register_forward_hook(self._recorder(layer)) for layer in self.layers
+        ]
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        for hook in self._hooks:
+            hook.remove()
+
+    @property
+    def sums(self) -> dict[nn.Parameter, Tensor]:
+        """parameter -> float64 clipped sum of the step so far, of the parameter's shape."""
+        return {
+            getattr(layer.module, key): value
+            for layer in self.layers
+            for key, value in layer.sums.items()
+        }
+
+    def begin(self) -> None:
+        """Forget the last step."""
+        for layer in self.layers:
+            for value in layer.sums.values():
+                value.zero_()
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        """Record the layers' inputs and outputs of one forward pass."""
+        self._captures.clear()
+        self._recording = True
+        try:
+            yield
+        finally:
+            self._recording = False
+
+    def add(self, loss: Tensor, valid: Tensor) -> None:
+        """Add a micro-batch.
+
+        Args:
+            loss: Scalar: Σ_rows weight · row loss of the captured pass, rows in patient order.
+            valid: [P] bool, which patients exist. Others, and those with any non-finite input,
+                output gradient or norm, contribute exactly zero.
+
+        Raises:
+            PrivacyError: A layer that ran not once, or over something else than the rows.
+        """
+        patients = len(valid)
+        flows = self.backward(loss, patients * self.rows_per_patient)
+        factors = self.clip_factors(flows, valid.to(loss.device))
+        kept = (factors > 0)[:, None, None]
+        every = bool(kept.all())
+        for layer, flow in zip(self.layers, flows, strict=True):
+            x, g = layer.tokens(*flow, patients)
+            if not every:  # 0 · NaN is NaN: dropped patients must be absent, not scaled to zero
+                x = x.where(kept, 0.0) if x.is_floating_point() else x
+                g = g.where(kept, 0.0)
+            layer.accumulate(x, g * factors[:, None, None])
+
+    def rounding_slack(self, patients: int, micro_batch: int) -> float:
+        """The slack of the claim, in units of C, for a site of `patients` patients.
+
+        Valid once one micro-batch was added: it tells how many tokens there are.
+        """
+        additions = micro_batch * self.tokens_per_patient + patients // micro_batch + 8
+        return 2 * additions * _UNIT / (1 - additions * _UNIT) * patients / _KAPPA
+
+    def _recorder(self, layer: CoveredLayer) -> Callable[[nn.Module, Any, Any], None]:
+        def record(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            if not self._recording:
+                return
+            if layer.name in self._captures:
+                raise PrivacyError(
+                    f"{layer.name} ran twice in one pass: the norm of its gradient would be wrong",
+                    cure="give each use its own layer, and switch gradient checkpointing off",
+                )
+            x = inputs[0]
+            self._captures[layer.name] = _Capture(x, output, (x._version, output._version))
+
+        return record
+
+    def backward(self, loss: Tensor, rows: int) -> list[tuple[Tensor, Tensor]]:
+        """Input and output gradient of each layer, [rows, ..., d], by one backward pass."""
+        captures = [self._checked(layer, rows) for layer in self.layers]
+        gradients = torch.autograd.grad(loss, [c.y for c in captures], allow_unused=True)
+        self._captures.clear()
+        return [
+            (c.x.detach(), torch.zeros_like(c.y) if g is None else g)
+            for c, g in zip(captures, gradients, strict=True)
+        ]
+
+    def clip_factors(self, flows: list[tuple[Tensor, Tensor]], valid: Tensor) -> Tensor:
+        """[P] float64 factors c of the claim; 0 for patients that are not valid or not finite."""
+        squared = mass = torch.zeros((), dtype=torch.float64, device=valid.device)
+        for layer, flow in zip(self.layers, flows, strict=True):
+            x, g = layer.tokens(*flow, len(valid))
+            self.tokens_per_patient = max(self.tokens_per_patient, g.shape[1])
+            of_layer, mass_of_layer = layer.bound(x, g)
+            squared, mass = squared + of_layer, mass + mass_of_layer
+        divisor = torch.maximum(squared.sqrt() * _MARGIN, mass.sqrt() * (_KAPPA * _MARGIN))
+        factors = (self.max_grad_norm / divisor).clamp(max=1.0)
+        return torch.where(valid & torch.isfinite(divisor), factors, 0.0)
+
+    def _checked(self, layer: CoveredLayer, rows: int) -> _Capture:
+        capture = self._captures.get(layer.name)
+        if capture is None:
+            raise PrivacyError(
+                f"{layer.name} did not run in this pass",
+                cure="call every trainable layer on every pass; multiply by the presence mask",
+            )
+        if capture.versions != (capture.x._version, capture.y._version):
+            raise PrivacyError(
+                f"{layer.name}: its input or output was changed in place after it ran",
+                cure="use out-of-place operations around trainable layers",
+            )
+        if not capture.x.shape[0] == capture.y.shape[0] == rows:
+            raise PrivacyError(
+                f"{layer.name} saw {capture.x.shape[0]} rows where the pass has {rows}: tokens "
+                "were flattened into rows, or rows were dropped",
+                cure="keep the rows as dimension 0: [rows, tokens, features]",
+            )
+        return capture

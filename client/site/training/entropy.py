@@ -1,0 +1,101 @@
+"""Private randomness: AES-256-CTR keystreams, one for each use, keyed by the operating system.
+
+Patient sampling, record choice and noise never share a generator, and none is derived from a run's
+seed: two sites, or two runs, of the same seed have nothing in common (measured elsewhere: with
+`torch.manual_seed` two sites draw identical noise, which their difference removes). Keys live in
+memory only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+
+import numpy as np
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from torch import Tensor
+
+_PAIRS = 1 << 15  # Gaussian pairs made at a time: every buffer stays in the cache
+
+
+class Keystream:
+    """Uniform and Gaussian numbers from the keystream of AES-256 in counter mode.
+
+    Args:
+        key: 32 bytes.
+    """
+
+    def __init__(self, key: bytes) -> None:
+        self._cipher = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor()
+        self._zeros = bytes(16 * _PAIRS)
+        # Some releases of `cryptography` ask for a spare block behind the output.
+        self._bytes = np.empty(16 * _PAIRS + 16, dtype=np.uint8)
+
+    def _integers(self, count: int) -> Tensor:
+        """[count] int64, uniform on [-2^52, 2^52); a view that the next draw overwrites."""
+        self._cipher.update_into(memoryview(self._zeros)[: 8 * count], self._bytes)
+        words = torch.from_numpy(self._bytes[: 8 * count].view(np.int64))
+        return words.bitwise_right_shift_(11)
+
+    def uniforms(self, count: int) -> np.ndarray:
+        """[count] float64, the multiples of 2^-53 in (0, 1]."""
+        out = np.empty(count)
+        for start in range(0, count, 2 * _PAIRS):
+            some = min(2 * _PAIRS, count - start)
+            out[start : start + some] = self._integers(some).numpy()
+        out += 2.0**52 + 1
+        out *= 2.0**-53
+        return out
+
+    def add_gaussians_(self, out: Tensor, std: float) -> None:
+        """Add independent N(0, std²) to every element of `out`, a contiguous float64 tensor.
+
+        Box-Muller in float64 from 53-bit uniforms: both outputs used, tails cut at 8.6 std, which
+        one draw in 10^17 would pass (32-bit uniforms would cut at 6.7 std, one in 5·10^10).
+        """
+        flat = out.view(-1)
+        for start in range(0, flat.numel(), 2 * _PAIRS):
+            some = flat[start : start + 2 * _PAIRS]
+            pairs = (some.numel() + 1) // 2
+            words = self._integers(2 * pairs).to(torch.float64)
+            radius = words[:pairs].add_(2.0**52 + 1).mul_(2.0**-53)
+            radius.log_().mul_(-2.0 * std * std).sqrt_()
+            angle = words[pairs:].mul_(math.pi * 2.0**-52)
+            sine = angle.sin().mul_(radius)
+            cosine = angle.cos_().mul_(radius)
+            some[:pairs].add_(cosine.to(out.device))
+            some[pairs:].add_(sine[: some.numel() - pairs].to(out.device))
+
+
+class Entropy:
+    """The three generators of one training engine.
+
+    Attributes:
+        patients: Which patients enter a step.
+        records: Which of a patient's records are used.
+        noise: What is added to the clipped sum.
+        simulated: True if derived from a seed. Whoever keeps a ledger must record it there: such a
+            run is reproducible and therefore not private.
+    """
+
+    def __init__(self) -> None:
+        self.simulated = False
+        self.patients = Keystream(os.urandom(32))
+        self.records = Keystream(os.urandom(32))
+        self.noise = Keystream(os.urandom(32))
+
+    @classmethod
+    def seeded(cls, seed: int | str) -> Entropy:
+        """Reproducible entropy, for tests and for runs without privacy only."""
+
+        def derive(use: str) -> Keystream:
+            return Keystream(hashlib.sha256(f"fedward entropy\0{seed}\0{use}".encode()).digest())
+
+        entropy = cls.__new__(cls)
+        entropy.simulated = True
+        entropy.patients = derive("patients")
+        entropy.records = derive("records")
+        entropy.noise = derive("noise")
+        return entropy
