@@ -1,0 +1,70 @@
+"""Envelopes in Flower messages, and the codes that travel instead of an error's text."""
+
+from __future__ import annotations
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+
+from common.messages import Envelope, Kind
+
+MESSAGE_TYPES: dict[Kind, str] = {
+    "roster": "query",
+    "prepare": "query",
+    "initialise": "query",
+    "train": "train",
+    "evaluate": "evaluate",
+}
+"""Handler of the ClientApp that forwards a request of each kind; all of them do the same."""
+
+_ENVELOPE, _ARRAYS, _ERROR = "envelope", "arrays", "error"
+
+
+def to_record(envelope: Envelope) -> RecordDict:
+    """Header and signature as bytes, arrays as arrays (Flower sends equal ones only once)."""
+    record = RecordDict(
+        {_ENVELOPE: ConfigRecord({"header": envelope.header, "signature": envelope.signature})}
+    )
+    if envelope.arrays:
+        record[_ARRAYS] = ArrayRecord(
+            {name: Array(array) for name, array in envelope.arrays.items()}
+        )
+    return record
+
+
+def from_record(record: RecordDict) -> Envelope:
+    """Inverse of `to_record`.
+
+    Raises:
+        ValueError: The record is not of that shape.
+    """
+    try:
+        header, signature = (record[_ENVELOPE][part] for part in ("header", "signature"))
+        arrays = record.array_records.get(_ARRAYS)
+        return Envelope(
+            header=header,
+            signature=signature,
+            arrays={name: array.numpy() for name, array in arrays.items()} if arrays else {},
+        )
+    except (KeyError, TypeError, ValueError):
+        raise ValueError("message does not hold an envelope") from None
+
+
+def error_record(code: str) -> RecordDict:
+    """What the relay answers when it has no answer: a code, never an exception's text, which
+    Flower would send to the coordinator verbatim."""
+    return RecordDict({_ERROR: ConfigRecord({"code": code})})
+
+
+def error_code(message: Message) -> str | None:
+    """The code of a message that brings no envelope: the relay's own, or `flower-<n>`."""
+    if message.has_error():
+        return f"flower-{message.error.code}"
+    if _ERROR in message.content:
+        return str(message.content[_ERROR].get("code", "relay-failed"))
+    return None
+
+
+def request_message(envelope: Envelope, kind: Kind, node: int, *, seconds: float) -> Message:
+    """A message for `node` that lives for `seconds`."""
+    return Message(
+        to_record(envelope), dst_node_id=node, message_type=MESSAGE_TYPES[kind], ttl=seconds
+    )
