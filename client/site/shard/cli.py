@@ -93,8 +93,10 @@ def _sizes(path: Path, shard: Shard | None, problems: list[ShardError]) -> dict[
 
 
 def _labels(path: Path, shard: Shard | None) -> dict[str, str]:
-    cells = {"hospital": path.name if shard is None else shard.hospital}
-    for task in shard.tasks if shard is not None else ():
+    if shard is None:
+        return {"hospital": path.name}
+    cells = {"hospital": shard.hospital}
+    for task in shard.tasks:
         label = shard.records[f"y_{task}"]
         cells[task] = f"{label.sum() or 0:,}/{label.len() - label.null_count():,}"
     return cells

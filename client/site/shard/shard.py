@@ -38,7 +38,7 @@ class Shard:
 
     path: Path
     hospital: str
-    meta: Mapping[str, Any]
+    meta: Mapping[str, Any] = field(repr=False)
     records: pl.DataFrame = field(repr=False)
     events: pl.DataFrame | None = field(repr=False)
     images: pl.DataFrame | None = field(repr=False)

@@ -1,0 +1,217 @@
+"""Hugging Face models as frozen encoders of notes and images.
+
+A model is named by id and pinned commit, or by folder. Only safetensors are read and no code of the
+repository is run. An encoder is identified by the hash of its files, not by its name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from client.site.encoders.encoder import Embedding, file_digest, fingerprint
+from client.site.shard import to_grey
+from common.errors import EncoderError
+
+_FILES = ("*.safetensors", "*.json", "*.txt", "*.model")
+_CHUNK_TOKENS = 512
+
+
+class _HuggingFace:
+    """What text and image models share: where the files are, and who they are.
+
+    Raises:
+        EncoderError: The files cannot be had, or hold no safetensors.
+    """
+
+    tokens = 1
+
+    def __init__(self, name: str, revision: str | None) -> None:
+        import transformers
+
+        self._folder = _folder(name, revision)
+        digests = file_digest(file for kind in _FILES for file in self._folder.glob(kind))
+        if not any(file.endswith(".safetensors") for file in digests):
+            raise EncoderError(
+                f"{self._folder} holds no safetensors",
+                cure="convert the weights once: model.save_pretrained(folder); pickled weights "
+                "can run code and are not read",
+            )
+        self.dim = self._width()
+        self.fingerprint = fingerprint(
+            _HuggingFace, files=digests, versions=[torch.__version__, transformers.__version__]
+        )
+        shown = f"{name}@{revision}" if revision else "own folder"
+        self.description = (
+            f"huggingface: {self._config.model_type}, {shown}, files {self.fingerprint[:12]}, "
+            f"{self.dim} numbers"
+        )
+
+    @cached_property
+    def _config(self) -> Any:
+        from transformers import AutoConfig
+
+        return self._load(AutoConfig)
+
+    def _width(self) -> int:
+        widths = getattr(self._config, "hidden_sizes", None)
+        width = getattr(self._config, "hidden_size", None) or (widths[-1] if widths else None)
+        if not width:
+            raise EncoderError(
+                f"{self._folder}: a {self._config.model_type} model is not one encoder",
+                cure="name a model with one text or one vision tower",
+            )
+        return int(width)
+
+    def _load(self, auto: Any, **options: Any) -> Any:
+        try:
+            return auto.from_pretrained(
+                self._folder, trust_remote_code=False, local_files_only=True, **options
+            )
+        except Exception as error:
+            raise EncoderError(
+                f"cannot load {auto.__name__} from {self._folder} "
+                f"({str(error).strip().splitlines()[0]})",
+                cure="give a folder as save_pretrained writes it, of a model that needs no code "
+                "of its own",
+            ) from error
+
+    @cached_property
+    def _model(self) -> tuple[Any, bool]:
+        """The model, and whether its pooler was trained: a missing one would be random."""
+        from transformers import AutoModel
+
+        model, report = self._load(
+            AutoModel, use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True
+        )
+        missing = set(report["missing_keys"])
+        pooler = {key for key in missing if key.startswith("pooler.")}
+        if missing - pooler:
+            raise EncoderError(
+                f"{self._folder} lacks weights of {self._config.model_type} "
+                f"({len(missing - pooler)} tensors, such as {min(missing - pooler)})",
+                cure="give the complete checkpoint of an encoder",
+            )
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return model.eval().requires_grad_(False).to(device), not pooler
+
+    @torch.inference_mode()
+    def _vector(self, **features: Tensor) -> Embedding:
+        """Pooled output `[1, d]` of one input, alone in its batch.
+
+        Kernels may round differently with the batch's size, and a killed encode would resume in
+        other batches.
+        """
+        model, has_pooler = self._model
+        device = next(model.parameters()).device
+        output = model(**{name: value.to(device) for name, value in features.items()})
+        pooled = getattr(output, "pooler_output", None)
+        if pooled is not None and has_pooler:
+            vector = pooled.flatten(1)
+        else:
+            hidden = output.last_hidden_state
+            vector = hidden.mean(dim=(2, 3)) if hidden.dim() == 4 else hidden.mean(dim=1)
+        if vector.shape != (1, self.dim):
+            raise EncoderError(
+                f"{self._folder} gives {tuple(vector.shape)}, not (1, {self.dim})",
+                cure="name a model whose output is as wide as its hidden size",
+            )
+        return np.asarray(vector.float().cpu().numpy())
+
+
+class HuggingFaceText(_HuggingFace):
+    """A text model; a note's embedding is the mean over all of its chunks.
+
+    A note longer than 512 tokens (or than the model takes) is cut into as few chunks as needed, of
+    nearly equal length; each is encoded by the trained pooler, or where the checkpoint has none by
+    the mean of the last hidden states. HAIM cuts at line breaks and never encodes the last chunk.
+    """
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        tokenizer = self._load(AutoTokenizer)
+        if not tokenizer.is_fast:
+            raise EncoderError(
+                f"{self._folder} has no tokenizer.json", cure="save the fast tokenizer beside it"
+            )
+        return tokenizer
+
+    def encode(self, inputs: Sequence[str]) -> list[Embedding]:
+        """One vector `[1, dim]` per text; `[0, dim]` for a text without tokens."""
+        return [self._encode(text) for text in inputs]
+
+    def chunks(self, text: str) -> list[list[int]]:
+        """Token numbers of each chunk, special tokens included; together they hold every token."""
+        tokenizer = self._tokenizer
+        count = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        if not count:
+            return []
+        special = tokenizer.num_special_tokens_to_add()
+        positions = getattr(self._config, "max_position_embeddings", _CHUNK_TOKENS)
+        room = min(_CHUNK_TOKENS, tokenizer.model_max_length, positions) - special
+        each = math.ceil(count / math.ceil(count / room))
+        pieces = tokenizer(
+            text, truncation=True, max_length=each + special, return_overflowing_tokens=True
+        )
+        return [list(piece) for piece in pieces["input_ids"]]
+
+    def _encode(self, text: str) -> Embedding:
+        chunks = self.chunks(text)
+        if not chunks:
+            return np.zeros((0, self.dim), dtype=np.float32)
+        vectors = [
+            self._vector(input_ids=ids, attention_mask=torch.ones_like(ids))
+            for ids in (torch.tensor([chunk]) for chunk in chunks)
+        ]
+        return np.asarray(np.mean(vectors, axis=0), dtype=np.float32)
+
+
+class HuggingFaceImage(_HuggingFace):
+    """A vision model with its own preprocessing; pooled output, or the mean over the patches.
+
+    Grey images, of 8 to 16 bits, are repeated in three channels; colour images keep theirs.
+    """
+
+    @cached_property
+    def _processor(self) -> Any:
+        from transformers import AutoImageProcessor
+
+        return self._load(AutoImageProcessor)
+
+    def encode(self, inputs: Sequence[Image.Image]) -> list[Embedding]:
+        """One vector `[1, dim]` per image."""
+        return [self._encode(picture) for picture in inputs]
+
+    def _encode(self, picture: Image.Image) -> Embedding:
+        if len(picture.getbands()) < 3 and picture.mode != "P":
+            picture = Image.fromarray(np.rint(255 * to_grey(picture)).astype(np.uint8))
+        pixels = self._processor(images=picture.convert("RGB"), return_tensors="pt")
+        return self._vector(pixel_values=pixels["pixel_values"])
+
+
+def _folder(name: str, revision: str | None) -> Path:
+    if name.startswith((".", "/", "~")):
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
+            raise EncoderError(f"no encoder folder at {folder}", cure="check the path")
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_FILES)))
+    except Exception as error:
+        raise EncoderError(
+            f"cannot get encoder {name}@{revision} ({type(error).__name__})",
+            cure="check id and revision; without a network, give the folder of a copy: "
+            "'huggingface:/path/to/folder'",
+        ) from error
