@@ -56,7 +56,9 @@ def check(
         console.print(_table("shards", sizes))
         console.print(_table("labels: true / known", labels))
     for problem in problems:
-        console.print(f"error: {problem}", style="red", markup=False, highlight=False)
+        console.print(
+            f"error: {problem}", style="red", markup=False, highlight=False, soft_wrap=True
+        )
     if problems:
         raise typer.Exit(1)
 

@@ -267,9 +267,10 @@ def _rows(
     condition = bad.fill_null(False)
     if skip is not None:
         condition = condition & ~skip
-    if not frame.select(condition.any()).item():
+    mask = frame.select(condition.alias("bad"))["bad"]
+    if not mask.any():
         return
-    found = frame.with_row_index("row").filter(condition)
+    found = frame.with_row_index("row").filter(mask)
     row = found.row(0, named=True)
     more = f" (and {found.height - 1} more rows)" if found.height > 1 else ""
     yield ShardError(f"{file}, row {row['row']}: {message.format(**row)}{more}", cure=cure)

@@ -6,7 +6,7 @@ import io
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from common.errors import ShardError
 
@@ -26,6 +26,8 @@ def decode_image(data: bytes, where: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         image.load()
+    except UnidentifiedImageError:
+        raise ShardError(f"{where}: not an image of a known format", cure=CURE) from None
     # Pillow's decoders raise SyntaxError, struct.error, ... for damaged files; all mean the same.
     except Exception as error:
         raise ShardError(f"{where}: unreadable image ({error})", cure=CURE) from None

@@ -107,7 +107,9 @@ def inspect(path: str | Path, *, images: bool = True) -> tuple[Shard | None, lis
         images: Also decode all image files.
     """
     shard, problems = _read(Path(path))
-    if shard is not None and images:
+    # A path that leads out of the shard is not followed.
+    paths_hold = not any(str(Path(path) / "images.parquet") in str(p) for p in problems)
+    if shard is not None and images and paths_hold:
         problems += shard.check_images()
     return shard, problems
 
@@ -198,7 +200,7 @@ def _read(path: Path) -> tuple[Shard | None, list[ShardError]]:
         frame, found = _read_table(path, table, stays)
         tables[table] = frame
         problems += found
-        if table == "records" and frame is not None:
+        if table == "records" and frame is not None and not frame.is_empty():
             stays = frame["stay_id"]
     records = tables.pop("records")
     if meta is None or records is None:
