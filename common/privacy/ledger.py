@@ -79,6 +79,7 @@ class StudyApproved(_Line):
     study_hash: str
     name: str
     delta: float
+    runs: int = Field(ge=1)
     reserved: tuple[Reserve, ...]
 
 
@@ -134,6 +135,7 @@ class Ledger:
         self._offset = 0
         self._approved: dict[str, StudyApproved] = {}
         self._released: dict[str, list[Released]] = {}
+        self._refused: set[tuple[str, str]] = set()
         self._mutex = threading.Lock()
 
     @classmethod
@@ -175,21 +177,23 @@ class Ledger:
 
     # -- writing ------------------------------------------------------------------------------
 
-    def approve(self, study: Study) -> None:
+    def approve(self, study: Study, *, runs: int = 1) -> None:
         """Sets aside everything that `study` may release here; does nothing when it already is.
 
-        The reserve belongs to the study's hash, not to a run: running the same study again draws on
-        what is left of it.
+        Args:
+            runs: How often the hospital lets the study run. The reserve belongs to the study's
+                hash: a run beyond `runs` finds only what earlier ones left of it.
         """
         with self._locked() as file:
-            if study.hash in self._approved:
+            earlier = self._approved.get(study.hash)
+            if earlier is not None and earlier.runs >= runs:
                 return
             reserved: list[Reserve] = []
             for event in study.reserved_events(self.site):
                 if reserved and reserved[-1].event == event:
-                    reserved[-1] = Reserve(count=reserved[-1].count + 1, event=event)
+                    reserved[-1] = Reserve(count=reserved[-1].count + runs, event=event)
                 else:
-                    reserved.append(Reserve(count=1, event=event))
+                    reserved.append(Reserve(count=runs, event=event))
             self._append(
                 file,
                 StudyApproved(
@@ -198,6 +202,7 @@ class Ledger:
                     study_hash=study.hash,
                     name=study.name,
                     delta=study.privacy.delta,
+                    runs=runs,
                     reserved=tuple(reserved),
                 ),
             )
@@ -205,13 +210,14 @@ class Ledger:
     def charge(self, study: Study, site: str, request: Request) -> Released:
         """Spends one release of the study's reserve; durable when this returns.
 
-        A request that was charged before is charged again: the caller asks only when it holds no
-        stored answer, so whatever it computes now is a new release.
+        A request is charged once. Whoever holds the stored answer returns that; where it was lost
+        (a crash between charge and answer), a retry with a higher `attempt` is another request and
+        another charge: the same noise cannot be made again, and fresh noise is not free.
 
         Raises:
             Refusal: `study-unapproved`; `budget-exhausted`: the reserve of this kind is spent;
-                `request-changed`: the round was charged for another request and `attempt` is not
-                higher than then.
+                `answer-lost`: this very request was charged before; `request-changed`: the round
+                was charged for another request and `attempt` is not higher than then.
         """
         if request.kind not in ("train", "evaluate") or site != self.site:
             raise PrivacyError(f"a '{request.kind}' request to site '{site}' is no release here")
@@ -223,9 +229,16 @@ class Ledger:
                 raise Refusal("study-unapproved", f"study {study.hash} was never approved here")
             spent = [r for r in self._released.get(study.hash, []) if r.event == event]
             for earlier in spent:
+                if earlier.request_digest == request.digest:
+                    raise Refusal(
+                        "answer-lost",
+                        f"round {request.round} of run {request.run} was charged, but its answer "
+                        "is not kept",
+                        cure="retry with a higher attempt: a new charge",
+                    )
+            for earlier in spent:
                 same_round = (earlier.run, earlier.round) == (request.run, request.round)
-                changed = earlier.request_digest != request.digest
-                if same_round and changed and request.attempt <= earlier.attempt:
+                if same_round and request.attempt <= earlier.attempt:
                     raise Refusal(
                         "request-changed",
                         f"round {request.round} of run {request.run} was charged for another "
@@ -254,8 +267,10 @@ class Ledger:
             return line
 
     def refuse(self, request: Request, code: str) -> None:
-        """Records that a signed request for a release was declined."""
+        """Records, once, that a signed request for a release was declined."""
         with self._locked() as file:
+            if (request.digest, code) in self._refused:
+                return
             self._append(
                 file,
                 Refused(
@@ -409,6 +424,8 @@ class Ledger:
             self._approved[line.study_hash] = line
         elif isinstance(line, Released):
             self._released.setdefault(line.study_hash, []).append(line)
+        elif isinstance(line, Refused):
+            self._refused.add((line.request_digest, line.code))
 
 
 def _write_all(file: int, data: bytes) -> None:

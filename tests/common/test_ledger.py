@@ -112,6 +112,9 @@ def test_another_run_of_the_study_draws_on_the_same_reserve(path: Path) -> None:
         ledger.charge(STUDY, "a", train(number, run=f"run-{number % 2}"))
     with pytest.raises(Refusal, match="spent all 5"):
         ledger.charge(STUDY, "a", train(1, run="yet another"))
+    ledger.approve(STUDY, runs=2)
+    ledger.charge(STUDY, "a", train(1, run="yet another"))
+    assert ledger.epsilon(STUDY.privacy.delta)["train"] > STUDY.privacy.epsilon
 
 
 def test_changed_request_needs_a_higher_attempt(path: Path) -> None:
@@ -124,6 +127,19 @@ def test_changed_request_needs_a_higher_attempt(path: Path) -> None:
     with pytest.raises(Refusal, match="attempt 1"):
         ledger.charge(STUDY, "a", train(1, attempt=1))
     assert len(ledger.events("train")) == 2
+
+
+def test_a_request_is_charged_once(path: Path) -> None:
+    """Without the stored answer only fresh noise could be released, and that is not free."""
+    ledger = approved(path)
+    request = train(1)
+    ledger.charge(STUDY, "a", request)
+    for again in (ledger, Ledger.open(path, "a")):
+        with pytest.raises(Refusal) as refusal:
+            again.charge(STUDY, "a", request)
+        assert refusal.value.code == "answer-lost"
+    ledger.charge(STUDY, "a", train(1, attempt=1))
+    assert len(Ledger.open(path, "a").events()) == 2
 
 
 def test_unapproved_study_is_not_charged(path: Path) -> None:

@@ -139,6 +139,11 @@ class Trainer:
             )
         return StepStats(steps=steps, steps_total=self.steps_total)
 
+    def close(self) -> None:
+        """Takes the trainer's hooks off the model, which others may train next."""
+        if self._clipper is not None:
+            self._clipper.close()
+
     def _step(self) -> None:
         chosen = self._sampler.draw()
         private = self._clipper is not None

@@ -1,0 +1,140 @@
+"""`fedward site`: run a hospital's daemon and look at what only the hospital may see."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Annotated, Any
+
+import grpc
+import typer
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from common.errors import FedwardError
+from common.identity import Identity
+from common.privacy.ledger import Ledger
+
+app = typer.Typer(no_args_is_help=True, help="A hospital's daemon, keys and own metrics.")
+
+StateFolder = Annotated[Path, typer.Argument(help="State folder of the site.")]
+
+
+@app.callback()
+def _group() -> None:
+    """A hospital's daemon, keys and own metrics."""
+
+
+@app.command()
+def serve(
+    config: Annotated[Path, typer.Argument(help="TOML file; see client/site/daemon/config.py.")],
+) -> None:
+    """Runs the daemon until it is told to end (SIGTERM, Ctrl-C) or idle for long enough."""
+    from client.site.daemon.config import DaemonConfig
+    from client.site.daemon.service import serve as run  # imports torch
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    run(DaemonConfig.load(config))
+
+
+@app.command()
+def status(
+    socket: Annotated[Path, typer.Argument(help="The daemon's Unix socket.")],
+) -> None:
+    """Shows what the daemon's sites are doing."""
+    with grpc.insecure_channel(f"unix:{socket.absolute()}") as channel:
+        try:
+            sites = json.loads(channel.unary_unary("/fedward.Site/Status")(b"", timeout=5))
+        except grpc.RpcError as error:
+            raise FedwardError(
+                f"no daemon answers on {socket} ({error.code().name})",
+                cure="start one with `fedward site serve CONFIG`",
+            ) from None
+    table = Table(box=SIMPLE)
+    for name in ("site", "phase", "study", "inputs", "round", "step", "ε so far", "last refusal"):
+        table.add_column(name)
+    for site in sites:
+        spent = site["epsilon"].items()
+        table.add_row(
+            site["site"],
+            site["phase"],
+            site["study"],
+            f"{site['done']}/{site['total']}",
+            str(site["round"]),
+            f"{site['step']}/{site['steps']}",
+            ", ".join(f"{name} {'∞' if e is None else f'{e:.2f}'}" for name, e in spent),
+            site["refusal"] or "",
+        )
+    Console().print(table)
+
+
+@app.command()
+def metrics(state: StateFolder) -> None:
+    """Shows the exact metrics of the latest evaluation. They must stay in the hospital."""
+    releases = sorted(
+        (state / "exact").glob("release-*.json"), key=lambda p: int(p.stem.partition("-")[2])
+    )
+    if not releases:
+        raise FedwardError(
+            f"no exact metrics in {state}", cure="they appear after the first evaluation"
+        )
+    found = json.loads(releases[-1].read_text())
+    names = ("auroc", "auprc", "precision", "recall", "f1")
+    table = Table(
+        title=f"evaluation {releases[-1].stem.partition('-')[2]}: {found['patients']} patients, "
+        f"{found['records']} records",
+        box=SIMPLE,
+    )
+    for name in ("task", *names, "support", "positives"):
+        table.add_column(name, justify="left" if name == "task" else "right")
+    for task, values in found["tasks"].items():
+        shown = [_with_interval(values[n], values["interval"].get(n)) for n in names]
+        table.add_row(task, *shown, str(values["support"]), str(values["positives"]))
+    console = Console()
+    console.print(table)
+    console.print(
+        "These numbers are exact and not private: they must stay in this hospital.",
+        style="bold yellow",
+    )
+
+
+@app.command()
+def key(state: StateFolder) -> None:
+    """Prints the site's public key, which a study may pin; creates the key on first use."""
+    print(Identity.open(state / "site.key").public)
+
+
+@app.command()
+def ledger(
+    state: StateFolder,
+    delta: Annotated[float, typer.Option(help="Probability at which to price.")] = 1e-5,
+) -> None:
+    """Verifies the site's ledger and shows what was released and what it cost."""
+    path = state / "ledger.jsonl"
+    if not path.exists():
+        raise FedwardError(f"no ledger in {state}", cure="start the daemon once: it begins one")
+    site = json.loads(path.open().readline() or "{}").get("site", "")
+    book = Ledger.open(path, site)
+    table = Table(title=f"site {site}: {len(book.lines)} lines, chain whole", box=SIMPLE)
+    for name in ("study", "releases", "ε train", "ε validation"):
+        table.add_column(name)
+    approved = {line.study_hash: line.name for line in book.lines if line.line == "study-approved"}
+    rows: list[tuple[str, str | None]] = [(n, h) for h, n in approved.items()]
+    for name, hash_ in [*rows, ("all together", None)]:
+        spent = book.epsilon(delta, hash_)
+        count = len(book.events(study_hash=hash_))
+        table.add_row(name, str(count), *(f"{spent[p]:.3f}" for p in ("train", "validation")))
+    console = Console()
+    console.print(table)
+    console.print(f"head {book.head}", highlight=False)
+    if book.simulated:
+        console.print("simulated: the randomness was seeded, nothing here is private", style="red")
+
+
+def _with_interval(value: float | None, interval: Any) -> str:
+    if value is None:
+        return "–"
+    shown = f"{value:.3f}"
+    return f"{shown} [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else shown

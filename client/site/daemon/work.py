@@ -1,0 +1,195 @@
+"""The two kinds of work that touch patients: a training round and an evaluation.
+
+Each is made ready first (adapter checked, mechanism proven) without touching a patient, so that the
+guard can charge between `ready` and `run`. Both are pure in what they are given: a round begins
+from the received adapter with a fresh optimiser, so a resumed run needs nothing that a daemon
+remembers.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from client.site.daemon.bench import Resident
+from client.site.daemon.hospital import Hospital, Prepared
+from client.site.encoders.dataset import Dataset
+from client.site.evaluation.exact import write_exact
+from client.site.evaluation.histograms import release, score_histograms
+from client.site.model.losses import row_loss
+from client.site.training.entropy import Entropy
+from client.site.training.plan import (
+    DPExecutionPlan,
+    NonPrivatePlan,
+    OptimizerConfig,
+    PerformanceFlags,
+    Plan,
+)
+from client.site.training.trainer import Trainer
+from common.errors import PrivacyError
+from common.messages import Arrays, Request
+from common.study import Study
+
+_SCORED_ROWS = 64  # records per pass of an evaluation
+
+
+class Work(Protocol):
+    """Something that is ready to touch patients, once it is charged."""
+
+    def run(self) -> tuple[dict[str, Any], Arrays]:
+        """Body and arrays of the answer."""
+
+    def close(self) -> None:
+        """Leaves the shared model as it was found."""
+
+
+def ready(hospital: Hospital, prepared: Prepared, request: Request, arrays: Arrays) -> Work:
+    """The work that a request asks for. Call it, and use what it returns, under the bench's lock.
+
+    Raises:
+        Refusal: `adapter-invalid`.
+        PrivacyError: The model breaks an assumption of the plan.
+    """
+    resident = hospital.bench.resident(prepared.study, prepared.dims)
+    resident.load(arrays)
+    kind = TrainingRound if request.kind == "train" else Evaluation
+    return kind(hospital, prepared, resident, request.round)
+
+
+class TrainingRound:
+    """`steps_per_round` steps from the received adapter.
+
+    Raises:
+        PrivacyError: The model breaks an assumption of the plan, found on random rows.
+    """
+
+    def __init__(
+        self, hospital: Hospital, prepared: Prepared, resident: Resident, round_: int
+    ) -> None:
+        study = prepared.study
+        plan = plan_of(study, hospital.name)
+        if plan.event != study.round_event(hospital.name):
+            raise PrivacyError("the plan's event is not the one that the study reserved")
+        self._hospital, self._resident = hospital, resident
+        self._round, self._steps = round_, study.training.steps_per_round
+        # About one pass per step; a function of the study alone.
+        patients = 2 ** round(math.log2(max(plan.denominator, 1.0)))
+        self._trainer = Trainer(
+            resident.model,
+            row_loss(study),
+            prepared.populations.train,
+            plan,
+            _optimizer(study),
+            _entropy(study, hospital.name, "train", round_),
+            PerformanceFlags(micro_batch=min(32, max(4, patients))),
+        )
+
+    def run(self) -> tuple[dict[str, Any], Arrays]:
+        hospital = self._hospital
+        hospital.show(phase="training", round=self._round, step=0, steps=self._steps)
+
+        def stepped(step: int) -> None:
+            hospital.status.step = step
+            hospital.check_stopping()
+
+        self._trainer.run(self._steps, stepped)
+        return {"steps": self._steps}, self._resident.adapter()
+
+    def close(self) -> None:
+        self._trainer.close()
+
+
+class Evaluation:
+    """Score histograms of the validation patients; the exact metrics stay in the state folder."""
+
+    def __init__(
+        self, hospital: Hospital, prepared: Prepared, resident: Resident, number: int
+    ) -> None:
+        self._hospital, self._prepared = hospital, prepared
+        self._resident, self._number = resident, number
+
+    def run(self) -> tuple[dict[str, Any], Arrays]:
+        hospital, study = self._hospital, self._prepared.study
+        hospital.show(phase="evaluating")
+        data, settings = self._prepared.populations.validation, study.evaluation
+        logits, labels = self._score(data), data.labels.numpy()
+        entropy = _entropy(study, hospital.name, "evaluate", self._number)
+        histograms = score_histograms(
+            logits,
+            labels,
+            data.rows_of_patient,
+            bins=settings.bins,
+            logit_range=settings.logit_range,
+            records_per_patient=settings.records_per_patient,
+            rng=entropy.records,
+        )
+        noise = None if study.privacy.mode == "none" else settings.noise_multiplier
+        released = release(histograms, noise, entropy)
+        write_exact(
+            hospital.state / "exact",
+            self._number,
+            logits,
+            labels,
+            data.rows_of_patient,
+            list(study.tasks),
+        )
+        return {"release": self._number}, {"histograms": released}
+
+    def close(self) -> None:
+        """Nothing was changed."""
+
+    @torch.no_grad()
+    def _score(self, data: Dataset) -> NDArray[np.float32]:
+        """Logits [N, K]. Every pass has the same shape, padded by repeating a row, so that a row's
+        score does not hang on how many records there are."""
+        device = self._hospital.bench.device
+        scores = [np.zeros((0, data.labels.shape[1]), dtype=np.float32)]
+        for start in range(0, data.n_records, _SCORED_ROWS):
+            rows = torch.arange(start, start + _SCORED_ROWS).clamp(max=data.n_records - 1)
+            prediction = self._resident.model(
+                {source: x[rows].to(device) for source, x in data.inputs.items()},
+                {source: m[rows].to(device) for source, m in data.present.items()},
+            )
+            scores.append(prediction.logits_BK.float().cpu().numpy())
+            self._hospital.check_stopping()
+        return np.concatenate(scores)[: data.n_records]
+
+
+def plan_of(study: Study, site: str) -> Plan:
+    """What one round of the study obeys at `site`."""
+    privacy = study.privacy
+    schedule: dict[str, Any] = {
+        "sample_rate": privacy.sample_rate,
+        "records_per_patient": privacy.records_per_patient,
+        "steps": study.training.steps_per_round,
+        "patients_declared": study.federation.sites[site].patients_declared,
+    }
+    if privacy.mode == "none":
+        return NonPrivatePlan(**schedule)
+    assert privacy.noise_multiplier is not None, "only a resolved study is admitted"
+    return DPExecutionPlan(
+        **schedule, max_grad_norm=privacy.max_grad_norm, noise_multiplier=privacy.noise_multiplier
+    )
+
+
+def _optimizer(study: Study) -> OptimizerConfig:
+    training = study.training
+    return OptimizerConfig(
+        name=training.optimizer,
+        learning_rate=training.learning_rate,
+        momentum=training.momentum,
+        weight_decay=training.weight_decay,
+        average_last=1.0 if training.average else 0.0,
+    )
+
+
+def _entropy(study: Study, site: str, use: str, number: int) -> Entropy:
+    """The operating system's. Without privacy, and only then, a function of the study, so that a
+    resumed baseline is the uninterrupted one bit for bit."""
+    if study.privacy.mode == "none":
+        return Entropy.seeded(f"{study.seed}|{site}|{use}|{number}")
+    return Entropy()
