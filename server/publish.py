@@ -1,0 +1,142 @@
+"""The trained adapter, as others can load it: safetensors, PEFT layout, model card."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save
+
+from common.study import Study
+from server.card import card
+from server.report import Report
+
+_SLM = "slm."  # parameters inside the language model, as the sites name them
+_PEFT = ".default."  # peft's name of the one active adapter; left out in files
+
+
+def write(
+    out: str | Path,
+    study: Study,
+    arrays: Mapping[str, NDArray[Any]],
+    spec: Mapping[str, Any],
+    report: Report,
+    *,
+    attribution: Sequence[str] = (),
+) -> Path:
+    """Writes `OUT/adapter/`, replacing an earlier one; a reader sees the old folder or the new.
+
+    Files: `projectors.safetensors` (all arrays outside the language model, under the names that a
+    site gives them), `fedward.json`, `study.toml`, `README.md`; with LoRA also
+    `adapter_model.safetensors` and `adapter_config.json`, which
+    `PeftModel.from_pretrained(base, OUT/adapter)` loads.
+
+    Args:
+        arrays: The adapter.
+        spec: What a site says of it: `slm`, `designated`, `dims`, `lora`, `trainable_parameters`.
+        attribution: Lines on licence and origin of the data, where the caller knows them.
+
+    Returns:
+        `OUT/adapter`.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    final = out / "adapter"
+    partial = out / f".adapter-{secrets.token_hex(4)}"
+    partial.mkdir()
+    try:
+        lora = {name: array for name, array in arrays.items() if name.startswith(_SLM)}
+        rest = {name: array for name, array in arrays.items() if name not in lora}
+        files = {
+            "projectors.safetensors": _safetensors(rest, {"study": study.hash}),
+            "fedward.json": _json(_describe(study, rest, spec, bool(lora))),
+            "study.toml": study.to_toml().encode(),
+            "README.md": card(study, spec, report, attribution=attribution).encode(),
+        }
+        if lora:
+            files["adapter_model.safetensors"] = _safetensors(
+                {_peft_name(name): array for name, array in lora.items()}, {"format": "pt"}
+            )
+            files["adapter_config.json"] = _json(_peft_config(spec))
+        for name, content in files.items():
+            with (partial / name).open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        _replace(partial, final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return final
+
+
+def _describe(
+    study: Study, rest: Mapping[str, NDArray[Any]], spec: Mapping[str, Any], lora: bool
+) -> dict[str, Any]:
+    """How the arrays belong together; enough to rebuild the model beside `study.toml`."""
+    return {
+        "format": 1,
+        "study": {"name": study.name, "hash": study.hash},
+        "system": study.model.system,
+        "slm": spec["slm"],
+        "seed": study.seed,
+        "designated": dict(zip(study.tasks, spec["designated"], strict=True)),
+        "tasks": {
+            name: {"prevalence": task.prevalence, "description": task.description}
+            for name, task in study.tasks.items()
+        },
+        # One sequence: the tokens of each source, in this order, before the frozen model.
+        "sources": [
+            {
+                "name": name,
+                "modality": source.modality,
+                "encoder": source.encoder,
+                "revision": source.revision,
+                "pooling": source.pooling,
+                "dim": spec["dims"][name],
+            }
+            for name, source in study.sources.items()
+        ],
+        "logits": "mean over present tokens of the designated entries' logits; positive at >= 0",
+        "arrays": {name: list(array.shape) for name, array in sorted(rest.items())},
+        "lora": lora,
+        "trainable_parameters": spec["trainable_parameters"],
+    }
+
+
+def _peft_name(name: str) -> str:
+    """`slm.base_model.model.….lora_A.default.weight` -> `base_model.model.….lora_A.weight`."""
+    return name.removeprefix(_SLM).replace(_PEFT, ".")
+
+
+def _peft_config(spec: Mapping[str, Any]) -> dict[str, Any]:
+    slm = spec["slm"]
+    return {
+        **spec["lora"],
+        "inference_mode": True,
+        "base_model_name_or_path": slm["name"],
+        "revision": slm.get("revision"),
+    }
+
+
+def _replace(partial: Path, final: Path) -> None:
+    """Renames into place; a folder cannot be replaced in one step, so the old one steps aside."""
+    aside = final.with_name(f".adapter-old-{secrets.token_hex(4)}")
+    if final.exists():
+        os.rename(final, aside)
+    os.rename(partial, final)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _safetensors(arrays: Mapping[str, NDArray[Any]], about: dict[str, str]) -> bytes:
+    return save({n: np.ascontiguousarray(a) for n, a in sorted(arrays.items())}, metadata=about)
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
