@@ -132,8 +132,9 @@ class Model(Part):
             it spends the clipped norm on the wrong goal; off by default.
         beta: Weight of the classification loss beside the reconstruction (eq. 5).
         asl_margin, asl_gamma: m and gamma_minus of eq. 3.
-        token_scale: RMS that a unit-RMS embedding gives to its token relative to the base token.
-        logit_gain: Factor on the averaged designated logits.
+        token_scale: Norm of the Jacobian from `W_s e` to the logits at the start, per source.
+        logit_gain: Factor on the averaged designated logits; larger keeps the SLM nearer to its
+            linear response.
     """
 
     system: Literal["uni-mlm"] = "uni-mlm"
@@ -268,7 +269,7 @@ class Study(Part):
     name: Name
     description: str = ""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    sources: dict[Key, Source] = Field(min_length=1)
+    sources: dict[Key, Source] = Field(min_length=1, max_length=10)
     tasks: dict[Key, Task] = Field(min_length=1)
     model: Model = Model()
     training: Training = Training()

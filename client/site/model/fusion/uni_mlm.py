@@ -33,14 +33,21 @@ class Prediction:
 class UniMlm(nn.Module):
     """Projectors before a frozen SLM.
 
-    A token is `base_s + token_scale * r * (W_s e / sqrt(d_s) + b_s)`: `base_s` is the (frozen)
-    embedding of a vocabulary entry drawn for the source, `r` its RMS, and W_s, b_s start at zero.
-    The paper starts from a random W instead; from zero the first gradients are those of a linear
-    model in e, which under clipping and noise is worth more than the random features.
+    A token is `base_s + a_s (W_s e + b_s)`: `base_s` is the (frozen) embedding of a vocabulary
+    entry drawn for the source, and W_s, b_s start at zero. The paper starts from a random W
+    instead; from zero the first gradients are those of a linear model in e, which under clipping
+    and noise is worth more than random features.
 
-    The logits of the base tokens alone are subtracted, so that an untrained model predicts
-    `prior_logits_K`. Absent tokens are attended by nobody, and their own output is left out of the
-    average: they add no gradient and dilute nothing.
+    a_s is set so that the Jacobian of the scaled logits to `W_s e` has norm `token_scale` (root
+    mean square over tasks) at the start: every source then spends the clipped norm by its
+    embedding's size, whatever the SLM. The larger `logit_gain`, the smaller the tokens' excursions
+    for the same logit, and the closer the SLM stays to its linear response.
+
+    What the base tokens alone would say, for the same set of present sources, is subtracted
+    (Zhao et al. 2021 call it contextual calibration): an untrained model predicts
+    `prior_logits_K` for every record, and a missing source does not shift it. Absent tokens are
+    attended by nobody, and their own output is left out of the average: they add no gradient and
+    dilute nothing.
 
     Args:
         dims: Width d_s of each source's embedding, in token order.
@@ -87,14 +94,11 @@ class UniMlm(nn.Module):
                 decoder.weight.uniform_(-bound, bound, generator=public)
             nn.init.zeros_(decoder.bias)
         self.slm = self._with_lora(slm, config, seed)
-        self.register_buffer("offset_K", torch.zeros(tasks), persistent=False)
-        with torch.no_grad():
-            device = base_SH.device
-            nothing = {s: torch.zeros(1, 1, d, device=device) for s, d in dims.items()}
-            present = {s: torch.ones(1, 1, dtype=torch.bool, device=device) for s in dims}
-            self.to(device)
-            untrained = self(nothing, present).logits_BK[0]
-        self.offset_K = prior_logits_K.to(device) - untrained
+        self.to(base_SH.device)
+        self.register_buffer("scale_S", self._calibrated_scales(), persistent=False)
+        base_MK = self._base_logits()
+        prior_K = prior_logits_K.to(base_MK.device)
+        self.register_buffer("offset_MK", prior_K - config.logit_gain * base_MK, persistent=False)
 
     @staticmethod
     def _with_lora(slm: Slm, config: Model, seed: int) -> nn.Module:
@@ -124,27 +128,32 @@ class UniMlm(nn.Module):
         causal = self.slm.get_base_model() if self.config.lora else self.slm
         return causal.get_decoder() if hasattr(causal, "get_decoder") else causal.model
 
-    def forward(self, inputs: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Prediction:
-        """Predicts the tasks of B records.
+    def _calibrated_scales(self) -> Tensor:
+        """a_s of the class's text, `[S]`: a function of SLM and study alone."""
+        x_1SH = self.base_SH[None].clone().requires_grad_()
+        every_1S = torch.ones(x_1SH.shape[:2], dtype=torch.bool, device=x_1SH.device)
+        logits_K = self._mean_logits(x_1SH, every_1S)[0]
+        squared_S = torch.zeros(len(self.dims), device=x_1SH.device)
+        for logit in logits_K:
+            (slope_1SH,) = torch.autograd.grad(logit, x_1SH, retain_graph=True)
+            squared_S += slope_1SH[0].square().sum(-1) / len(logits_K)
+        slope_S = self.config.logit_gain * squared_S.sqrt()
+        return self.config.token_scale / slope_S.clamp(min=1e-6)
 
-        Args:
-            inputs: Source -> embeddings `[B, T_s, d_s]`, float32.
-            present: Source -> mask `[B, T_s]`, bool.
-        """
-        tokens, masks, errors = [], [], []
-        for index, (name, projector) in enumerate(self.projectors.items()):
-            base_H = self.base_SH[index]
-            scale = self.config.token_scale * base_H.square().mean().sqrt()
-            e_BTd, mask_BT = inputs[name], present[name]
-            # A fixed divisor, not a norm of this record: the projector stays linear in e.
-            code_BTH = projector(e_BTd * self.dims[name] ** -0.5)
-            kept = mask_BT.unsqueeze(-1)
-            tokens.append(base_H + torch.where(kept, scale * code_BTH, 0.0))
-            masks.append(mask_BT)
-            if self.decoders:
-                gap_BTd = torch.where(kept, e_BTd - self.decoders[name](code_BTH), 0.0)
-                errors.append((gap_BTd.square().sum((1, 2)) + 1e-12).sqrt())
-        x_BSH, mask_BS = torch.cat(tokens, dim=1), torch.cat(masks, dim=1)
+    @torch.no_grad()
+    def _base_logits(self) -> Tensor:
+        """Averaged logits of the base tokens for each of the 2^S sets of sources, `[2^S, K]`."""
+        sources = len(self.dims)
+        codes = torch.arange(2**sources, device=self.base_SH.device)
+        masks_MS = (codes[:, None] >> torch.arange(sources, device=codes.device)) & 1 == 1
+        parts = [
+            self._mean_logits(self.base_SH.expand(len(some), -1, -1), some)
+            for some in masks_MS.split(64)
+        ]
+        return torch.cat(parts)
+
+    def _mean_logits(self, x_BSH: Tensor, mask_BS: Tensor) -> Tensor:
+        """Designated logits averaged over present tokens, `[B, K]`; 0 where none is present."""
         dtype = self.head_KH.dtype
         hidden_BSH = self._decoder_stack(
             inputs_embeds=x_BSH.to(dtype),
@@ -153,13 +162,33 @@ class UniMlm(nn.Module):
             use_cache=False,
         ).last_hidden_state
         # Only K rows of the head are needed: the same logits, up to 3 times faster.
-        logits_BSK = (hidden_BSH @ self.head_KH.T.to(hidden_BSH.dtype)).float()
+        logits_BSK = (hidden_BSH @ self.head_KH.T).float()
         if self.softcap:
             logits_BSK = self.softcap * torch.tanh(logits_BSK / self.softcap)
-        kept_BS1 = mask_BS.unsqueeze(-1)
         count_B1 = mask_BS.sum(dim=1, keepdim=True).clamp(min=1)
-        mean_BK = torch.where(kept_BS1, logits_BSK, 0.0).sum(dim=1) / count_B1
-        logits_BK = self.config.logit_gain * mean_BK + self.offset_K
+        return torch.where(mask_BS[:, :, None], logits_BSK, 0.0).sum(dim=1) / count_B1
+
+    def forward(self, inputs: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Prediction:
+        """Predicts the tasks of B records.
+
+        Args:
+            inputs: Source -> embeddings `[B, T_s, d_s]`, float32.
+            present: Source -> mask `[B, T_s]`, bool.
+        """
+        tokens, masks, errors = [], [], []
+        code_B = torch.zeros((), dtype=torch.long, device=self.base_SH.device)
+        for index, (name, projector) in enumerate(self.projectors.items()):
+            e_BTd, mask_BT = inputs[name], present[name]
+            code_BTH, kept = projector(e_BTd), mask_BT.unsqueeze(-1)
+            moved_BTH = torch.where(kept, self.scale_S[index] * code_BTH, 0.0)
+            tokens.append(self.base_SH[index] + moved_BTH)
+            masks.append(mask_BT)
+            code_B = code_B + (mask_BT.any(dim=1).long() << index)
+            if self.decoders:
+                gap_BTd = torch.where(kept, e_BTd - self.decoders[name](code_BTH), 0.0)
+                errors.append((gap_BTd.square().sum((1, 2)) + 1e-12).sqrt())
+        mean_BK = self._mean_logits(torch.cat(tokens, dim=1), torch.cat(masks, dim=1))
+        logits_BK = self.config.logit_gain * mean_BK + self.offset_MK[code_B]
         return Prediction(logits_BK, torch.stack(errors).sum(0) if errors else None)
 
 
