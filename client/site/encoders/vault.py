@@ -142,7 +142,9 @@ class Vault:
         names = [self._name(*item) for item in items]
         owners = {item.patient: self._name(item.patient) for item in items}
         with self._lock, _explained(self.path):
-            sealed = dict(self._select("SELECT name, sealed FROM entries WHERE name IN", names))
+            sealed = dict(
+                self._select("SELECT name, CAST(sealed AS BLOB) FROM entries WHERE name IN", names)
+            )
             keys = self._keys(owners.values())
         found: list[NDArray[np.float32] | None] = []
         for item, name in zip(items, names, strict=True):
@@ -222,17 +224,21 @@ class Vault:
 
     def _keys(self, owners: Iterable[bytes]) -> dict[bytes, AESGCM]:
         """Data keys of those patients that have one."""
-        rows = self._select("SELECT name, wrapped FROM patients WHERE name IN", list(owners))
+        rows = self._select(
+            "SELECT name, CAST(wrapped AS BLOB) FROM patients WHERE name IN", list(owners)
+        )
         return {
             owner: AESGCM(_open(self._wrap, wrapped, b"patient key" + owner, self.path))
             for owner, wrapped in rows
         }
 
-    def _select(self, query: str, names: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
+    def _select(self, query: str, names: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
+        rows: list[tuple[bytes, bytes]] = []
         for start in range(0, len(names), _QUERY_ROWS):
             part = names[start : start + _QUERY_ROWS]
             marks = ", ".join("?" * len(part))
-            yield from self._connection.execute(f"{query} ({marks})", part)
+            rows += self._connection.execute(f"{query} ({marks})", part).fetchall()
+        return rows
 
 
 def _master_key(file: Path, *, create: bool) -> bytes:

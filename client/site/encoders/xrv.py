@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,6 @@ class TorchXRayVision:
     dim = 1024
 
     def __init__(self, weights: str) -> None:
-        import torchxrayvision
-
         self._file = _locate(weights)
         digest = file_digest([self._file])[self._file.name]
         name = weights if self._file.name != Path(weights).name else "own weights"
@@ -58,7 +57,7 @@ class TorchXRayVision:
             TorchXRayVision,
             image,
             weights=digest,
-            versions=[torch.__version__, torchxrayvision.__version__],
+            versions=[torch.__version__, version("torchxrayvision")],
         )
         self.description = (
             f"torchxrayvision: DenseNet-121, {name}, file {digest[:12]}, {self.dim} numbers"
@@ -99,12 +98,13 @@ class TorchXRayVision:
 
 
 def _locate(weights: str) -> Path:
-    import torchxrayvision
-    from torchxrayvision.models import model_urls
-
     if weights.startswith((".", "/", "~")):
         file = Path(weights).expanduser()
     else:
+        # Imported where it is needed: the package takes seconds, and a resumed run needs no model.
+        import torchxrayvision
+        from torchxrayvision.models import model_urls
+
         known = {name: urls for name, urls in model_urls.items() if name.startswith("densenet")}
         if weights not in known:
             raise unknown("torchxrayvision weights", weights, known)
