@@ -8,15 +8,17 @@ import os
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from common.errors import FedwardError
 from common.privacy.pricing import epsilon_by_population
 from common.study import Study
-from server.federation import Finished
 from server.metrics import Interval, Macro, Metric, TaskMetrics
+
+if TYPE_CHECKING:  # reading a report needs no Flower
+    from server.federation import Finished
 
 Epsilons = dict[str, float | None]
 

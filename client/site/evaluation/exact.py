@@ -55,7 +55,11 @@ def exact_metrics(
     _, patient = np.unique(patients, return_inverse=True)
     count = int(patient.max()) + 1 if len(patient) else 0
     rng = np.random.default_rng(seed)
-    drawn = rng.multinomial(count, np.full(count, 1 / max(count, 1)), size=replicates)
+    drawn = (
+        rng.multinomial(count, np.full(count, 1 / count), size=replicates)
+        if count
+        else np.zeros((replicates, 0), dtype=np.int64)
+    )
     tail = (1 - confidence) / 2
 
     def interval(values: NDArray[np.float64]) -> list[float] | None:
