@@ -142,7 +142,7 @@ class Exchange:
             for node in sorted(set(self.grid.get_node_ids()) - self._asked - aloft):
                 if now < again.get(node, 0.0):
                     continue
-                again[node] = now + 5.0
+                again[node] = now + 2.0
                 envelope = self.identity.seal(self._request("roster", "", 0, 0))
                 left = max(1.0, start + seconds - now)
                 identifier = self._push(request_message(envelope, "roster", node, seconds=left))

@@ -1,0 +1,30 @@
+"""Virtual hospitals on one machine.
+
+    from simulations import simulate, write_cohort
+    report = simulate("physionet2012", "shards", "out", epsilon=8)
+
+The names are imported when first used: the Flower bundle holds only this file and `studies`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from simulations.cohort.synthetic import write_cohort
+    from simulations.run import find_shards, simulate
+
+__all__ = ["find_shards", "simulate", "write_cohort"]
+
+_HOMES = {
+    "find_shards": "simulations.run",
+    "simulate": "simulations.run",
+    "write_cohort": "simulations.cohort.synthetic",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'simulations' has no attribute '{name}'")

@@ -44,7 +44,7 @@ def local_socket(
     """Socket of the running local daemon, started when there is none.
 
     Args:
-        command: What to run, in place of `python -m simulations.serve --home HOME`.
+        command: What to run, in place of `python -m simulations.daemon --home HOME`.
         seconds: How long to wait for the socket; making the synthetic cohort is included.
 
     Raises:
@@ -64,7 +64,7 @@ def local_socket(
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         with log.open("wb") as output:
             child = subprocess.Popen(
-                command or [sys.executable, "-m", "simulations.serve", "--home", str(base)],
+                command or [sys.executable, "-m", "simulations.daemon", "--home", str(base)],
                 cwd=base, env=environment, stdin=subprocess.DEVNULL,
                 stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
             )

@@ -124,11 +124,12 @@ def _events(
         if rng.random() < 0.12:
             continue
         count = int(rng.integers(2, 6 if source == "chart" else 4))
-        hours = np.sort(rng.uniform(0, 24, size=count))
-        values = base + shift[series] + float(np.dot(effects, state)) + noise * rng.normal(size=count)
+        hours = np.unique(np.round(rng.uniform(0, 24, size=count), 3))
+        level = base + shift[series] + float(np.dot(effects, state))
+        values = level + noise * rng.normal(size=len(hours))
         low, high = _RANGE.get(series, (0.1, 300.0))
         rows += [
-            {"stay_id": stay, "hours": round(float(h), 3), "source": source, "series": series,
+            {"stay_id": stay, "hours": float(h), "source": source, "series": series,
              "value": round(float(np.clip(v, low, high)), 3)}
             for h, v in zip(hours, values, strict=True)
         ]

@@ -73,7 +73,8 @@ class FakeSites:
             return {
                 "ready": True,
                 "spec": {"trainable_parameters": int(np.prod(self.shape)) + 2, "bytes": 56,
-                         "slm": {"name": "nano"}, "lora": None, "designated": []},
+                         "slm": {"name": "nano", "revision": None, "sha256": "00", "embedded": True},
+                         "lora": None, "designated": [3], "dims": {"age": 3}},
                 "encoders": {"age": "demographics"}, "slm": {"name": "nano"}, "simulated": True,
                 "public_key": self.keys[request.site].public,
             }, {}
@@ -136,8 +137,9 @@ def main() -> None:
         return None
 
     sites.behave = work
-    serve(sites, Path(socket))
+    server = serve(sites, Path(socket))
     threading.Event().wait()
+    del server  # which would stop when collected
 
 
 if __name__ == "__main__":

@@ -1,0 +1,88 @@
+"""`fedward simulate` and `fedward plan`."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from common.errors import StudyError
+
+
+def simulate(
+    study: Annotated[str, typer.Option(help="Study file, or a ready study's name.")] = "demo",
+    shards: Annotated[
+        Path | None, typer.Option(help="Folder of shards, one per hospital.")
+    ] = None,
+    synthetic: Annotated[
+        int | None, typer.Option(min=1, help="So many synthetic hospitals instead.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the results [default: runs/<study>-<time>].")
+    ] = None,
+    hospitals: Annotated[
+        int | None, typer.Option(help="Only so many of the hospitals.")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Instead of the study's.")] = None,
+    epsilon: Annotated[
+        float | None, typer.Option(help="Privacy target instead of the study's.")
+    ] = None,
+    no_privacy: Annotated[
+        bool, typer.Option("--no-privacy", help="A baseline without differential privacy.")
+    ] = False,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of initialisation and cohort.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUT.")] = False,
+) -> None:
+    """Runs a study over virtual hospitals on this machine, and shows what came of it."""
+    from common.study import Study
+    from simulations.run import simulate as run
+    from simulations.summary import show
+
+    if (shards is None) == (synthetic is None):
+        raise StudyError("give either --shards DIR or --synthetic N")
+    if no_privacy and epsilon is not None:
+        raise StudyError("--epsilon and --no-privacy exclude each other")
+    chosen = Study.load(study)
+    if resume and out is None:
+        raise StudyError("--resume needs --out, the folder of the run")
+    folder = out or Path("runs") / f"{chosen.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    if synthetic is not None:
+        from simulations.cohort.synthetic import write_cohort
+
+        names = list(chosen.federation.sites)
+        cohort = write_cohort(folder / "cohort", synthetic, seed=seed or 0)
+        if names and synthetic != len(names):  # the demo's roster follows --synthetic
+            raw = chosen.model_dump(mode="json")
+            raw["federation"]["sites"] = {}
+            chosen = Study.model_validate(raw)
+        report = run(
+            chosen, cohort, folder, hospitals=hospitals, rounds=rounds, epsilon=epsilon,
+            private=not no_privacy, seed=seed, resume=resume,
+        )
+    else:
+        assert shards is not None
+        report = run(
+            chosen, shards, folder, hospitals=hospitals, rounds=rounds, epsilon=epsilon,
+            private=not no_privacy, seed=seed, resume=resume,
+        )
+    show(report, folder.absolute(), Console())
+
+
+def plan(
+    study: Annotated[str, typer.Argument(help="Study file, or a ready study's name.")],
+    sites: Annotated[
+        str | None, typer.Option(help="name=patients,… for a study without roster.")
+    ] = None,
+    epsilon: Annotated[float | None, typer.Option(help="Instead of the study's.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Instead of the study's.")] = None,
+) -> None:
+    """Says what a study will cost, before any data is touched: noise, ε, bytes, memory, time."""
+    from common.study import Study
+    from simulations.plan import parse_sites, show_plan
+
+    show_plan(
+        Study.load(study), Console(), sites=parse_sites(sites), epsilon=epsilon, rounds=rounds
+    )

@@ -1,0 +1,94 @@
+"""The one daemon that hosts all virtual hospitals of a simulation.
+
+`python -m simulations.daemon CONFIG` serves a configuration that the launcher wrote;
+`python -m simulations.daemon --home HOME` is what the relay starts for a bare `flwr run .`: the
+synthetic hospitals of the ready study `demo`, until idle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from client.site.daemon.config import DaemonConfig, Policy, SiteConfig
+from common.errors import FedwardError
+from common.identity import Identity
+from common.study import Study
+
+_RUNS = 1_000_000  # virtual patients lose nothing; their ledgers count all the same
+_IDLE_SECONDS = 300.0
+
+
+def daemon_config(
+    shards: Mapping[str, Path],
+    state: Path,
+    socket: Path,
+    coordinator: str,
+    *,
+    idle_exit_seconds: float | None = None,
+) -> DaemonConfig:
+    """A daemon for `shards`, obedient to one coordinator and open to studies without privacy.
+
+    Args:
+        shards: Folder of each site.
+        state: Folder that holds each site's state, under the site's name.
+        coordinator: Its public key, hex.
+    """
+    policy = Policy(
+        coordinators=(coordinator,), approved=("*",), allow_no_privacy=True, runs=_RUNS
+    )
+    return DaemonConfig(
+        socket=socket,
+        sites=tuple(
+            SiteConfig(name=name, shard=path.absolute(), state=state / name, policy=policy)
+            for name, path in shards.items()
+        ),
+        idle_exit_seconds=idle_exit_seconds,
+        simulated=True,
+    )
+
+
+def daemon_command(config: Path) -> list[str]:
+    """Serves a configuration with this interpreter."""
+    return [sys.executable, "-m", "simulations.daemon", str(config)]
+
+
+def local(home: Path) -> DaemonConfig:
+    """The daemon of a bare `flwr run .`; writes the cohort on first use."""
+    from simulations.cohort.synthetic import write_cohort
+
+    names = list(Study.load("demo").federation.sites)
+    shards = write_cohort(home / "cohort", len(names))
+    return daemon_config(
+        {name: shards[name] for name in names},
+        home / "sites",
+        home / "daemon.sock",
+        Identity.open(home / "coordinator.key").public,
+        idle_exit_seconds=_IDLE_SECONDS,
+    )
+
+
+def main() -> None:
+    """Serves until SIGTERM or idle; a `FedwardError` is one clear message, exit code 1."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", type=Path, nargs="?")
+    parser.add_argument("--home", type=Path)
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    try:
+        if arguments.home:
+            config = local(arguments.home.absolute())
+        else:
+            config = DaemonConfig.load(arguments.config)
+        from client.site.daemon.service import serve  # imports torch
+
+        serve(config)
+    except FedwardError as error:
+        sys.exit(f"error ({error.code}): {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Simulations from Python: a study over folders of shards, through the real path."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+
+from client.site.evaluation.exact import pooled_exact
+from client.site.shard.shard import META, discover
+from common.errors import FedwardError, StudyError
+from common.identity import Identity
+from common.study import Study, resolve, unknown
+from server.report import Report, attach_exact
+from simulations.daemon import daemon_command, daemon_config
+from simulations.display import Display
+from simulations.launcher import Run, launch
+
+
+def simulate(
+    study: Study | str | Path,
+    shards: Path | str | Mapping[str, Path],
+    out: Path | str,
+    *,
+    hospitals: int | None = None,
+    rounds: int | None = None,
+    epsilon: float | None = None,
+    private: bool = True,
+    seed: int | None = None,
+    resume: bool = False,
+    console: Console | None = None,
+) -> Report:
+    """Runs a study over virtual hospitals on this machine, through `flwr run`.
+
+    Daemon, relays, coordinator, noise and ledgers are those of a deployment. All processes that
+    are started have ended when this returns, by whatever path.
+
+    Args:
+        study: A `Study`, a TOML file, or the name of a ready study.
+        shards: A folder of shards (or one shard), or the folder of each site by name. Sites that
+            the study's roster names are taken from it; a study without roster takes all.
+        out: Receives `study.toml`, `report.json`, `adapter/`, `events/`, `rounds.jsonl`, `logs/`
+            and each virtual hospital's state under `sites/`.
+        hospitals: Take only so many, the first by name.
+        rounds, epsilon, seed: Overrides; they make another study with another hash.
+        private: False runs without differential privacy (mode `none`).
+        resume: Go on with the run whose checkpoint lies in `out`.
+        console: Where progress is shown; standard error by default.
+
+    Returns:
+        The report, with `simulation_exact` (which no real hospital would release) filled in.
+
+    Raises:
+        FedwardError: The study, the shards or the run; the text names the cure.
+    """
+    began = time.monotonic()
+    console = console or Console(stderr=True)
+    chosen = study if isinstance(study, Study) else Study.load(study)
+    found = dict(shards) if isinstance(shards, Mapping) else find_shards(Path(shards))
+    roster = _roster(chosen, found, hospitals)
+    settled = resolve(
+        chosen, sites=dict.fromkeys(roster), rounds=rounds, epsilon=epsilon, private=private,
+        seed=seed,
+    )
+    folder = Path(out).expanduser().absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    if not resume and (folder / "checkpoint").exists():
+        raise FedwardError(
+            f"{folder} holds an earlier run", cure="add --resume, or choose another folder"
+        )
+    key = folder / "coordinator.key"
+    public = Identity.open(key).public
+
+    def daemon(socket: Path) -> list[str]:
+        config = folder / "daemon.toml"
+        config.write_text(daemon_config(roster, folder / "sites", socket, public).to_toml())
+        return daemon_command(config)
+
+    run_id = f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    with Display(console, settled.federation.rounds) as display:
+        launch(Run(settled, folder, run_id, resume, key, daemon), display)
+    report = attach_exact(folder, pooled_exact({n: folder / "sites" / n for n in roster}))
+    console.print(f"completed in {time.monotonic() - began:.0f} s", highlight=False)
+    return report
+
+
+def find_shards(folder: Path) -> dict[str, Path]:
+    """The shards of a folder by the name of their hospital.
+
+    Raises:
+        FedwardError: There is none, or two have the same name.
+    """
+    import tomllib
+
+    found: dict[str, Path] = {}
+    for path in discover(folder):
+        try:
+            name = str(tomllib.loads((path / META).read_text()).get("hospital", path.name))
+        except (OSError, ValueError) as error:
+            raise FedwardError(f"{path / META} cannot be read: {error}") from None
+        if name in found:
+            raise FedwardError(
+                f"{path} and {found[name]} are both hospital '{name}'",
+                cure=f"give each its own 'hospital' in {META}",
+            )
+        found[name] = path
+    return found
+
+
+def _roster(study: Study, found: Mapping[str, Path], hospitals: int | None) -> dict[str, Path]:
+    """The sites that take part, by name, with their shards."""
+    named = list(study.federation.sites)
+    for name in named:
+        if name not in found:
+            raise unknown(
+                "site in the study's roster", name, found, cure="add its shard, or take it out"
+            )
+    names = named or sorted(found)
+    if hospitals is None:
+        return {name: found[name] for name in names}
+    if not 1 <= hospitals <= len(names):
+        raise StudyError(
+            f"{hospitals} hospitals asked for, but there are {len(names)}: {', '.join(names)}",
+            cure="ask for fewer, or add shards",
+        )
+    return {name: found[name] for name in names[:hospitals]}
