@@ -169,6 +169,24 @@ def batch_centred(m, x, p, y):
     return (z - z.mean(0).detach()).square().sum((1, 2))
 
 
+class Counting(Two):
+    """Keeps a mean of what it sees, as running statistics do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(4))
+
+
+def remembering(m, x, p, y):
+    hidden = m.one(x["lab"])
+    m.seen.add_(hidden.detach().mean((0, 1)))
+    return m.two(hidden).sum((1, 2))
+
+
+def by_keyword(m, x, p, y):
+    return m.two(input=m.one(input=x["lab"])).sum((1, 2))
+
+
 def one_number(m, x, p, y):
     return m.two(m.one(x["lab"])).mean()
 
@@ -191,6 +209,28 @@ def test_misbehaving_model_is_refused_before_any_data_is_read(case):
     plan = DPExecutionPlan(0.5, 1, 1, 8, max_grad_norm=1.0, noise_multiplier=1.0)
     with pytest.raises(PrivacyError, match=reason):
         Trainer(Two(), loss, dataset(), plan, OptimizerConfig(), Entropy(), PerformanceFlags(4))
+
+
+def test_rows_that_mix_are_found_though_the_adapter_starts_from_zero():
+    """At W = 0 the contrast's gradient vanishes, and with it every trace of the other rows."""
+    model = Two()
+    for p in model.parameters():
+        nn.init.zeros_(p)
+    plan = DPExecutionPlan(0.5, 1, 1, 8, max_grad_norm=1.0, noise_multiplier=1.0)
+    with pytest.raises(PrivacyError, match="reaches the rows of another"):
+        Trainer(model, contrast, dataset(), plan, OptimizerConfig(), Entropy(), PerformanceFlags(4))
+    assert not any(p.count_nonzero() for p in model.parameters())
+
+
+def test_buffer_that_remembers_patients_is_refused():
+    plan = DPExecutionPlan(0.5, 1, 1, 8, max_grad_norm=1.0, noise_multiplier=1.0)
+    with pytest.raises(PrivacyError, match="seen: a forward pass changes this buffer"):
+        Trainer(Counting(), remembering, dataset(), plan, OptimizerConfig(), Entropy())
+
+
+def test_layers_called_by_keyword_are_covered():
+    plan = DPExecutionPlan(0.5, 1, 1, 8, max_grad_norm=1.0, noise_multiplier=1.0)
+    Trainer(Two(), by_keyword, dataset(), plan, OptimizerConfig(), Entropy()).run(1)
 
 
 def test_layer_that_stops_running_never_uses_an_earlier_capture():

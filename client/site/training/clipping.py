@@ -72,7 +72,8 @@ class PatientClipper:
         self._captures: dict[str, _Capture] = {}
         self._recording = False
         self._hooks = [
-            layer.module.register_forward_hook(self._recorder(layer)) for layer in self.layers
+            layer.module.register_forward_hook(self._recorder(layer), with_kwargs=True)
+            for layer in self.layers
         ]
 
     def close(self) -> None:
@@ -136,8 +137,10 @@ class PatientClipper:
         additions = micro_batch * self.tokens_per_patient + patients // micro_batch + 8
         return 2 * additions * _UNIT / (1 - additions * _UNIT) * patients / _KAPPA
 
-    def _recorder(self, layer: CoveredLayer) -> Callable[[nn.Module, Any, Any], None]:
-        def record(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def _recorder(self, layer: CoveredLayer) -> Callable[..., None]:
+        def record(
+            module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor
+        ) -> None:
             if not self._recording:
                 return
             if layer.name in self._captures:
@@ -145,7 +148,7 @@ class PatientClipper:
                     f"{layer.name} ran twice in one pass: the norm of its gradient would be wrong",
                     cure="give each use its own layer, and switch gradient checkpointing off",
                 )
-            x = inputs[0]
+            x = inputs[0] if inputs else named["input"]
             self._captures[layer.name] = _Capture(x, output, (x._version, output._version))
 
         return record

@@ -4,15 +4,18 @@ Clipping bounds what a patient adds; it does not bound what the patient's presen
 layer that mixes rows, or a kernel whose result depends on a row's position or on the shape (bf16
 kernels moved another patient's gradient by up to 0.9 % when the shape changed: measured).
 Micro-batches have one fixed shape, which leaves position and neighbours; both are tried here with
-random rows, which are public, before the first step.
+random rows, which are public, before the first step. The adapter is shaken meanwhile: at one that
+starts from zero, rows may mix without a trace.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from client.site.encoders.dataset import Dataset
 from client.site.training.clipping import PatientClipper
@@ -24,9 +27,11 @@ _Flows = list[tuple[Tensor, Tensor]]
 _Rows = tuple[dict[str, Tensor], dict[str, Tensor], Tensor]
 
 _MEASURED = 8  # patients whose gradients are compared when bits differ
+_SHAKEN = 0.05  # standard deviation of what is added to the trainable parameters meanwhile
 
 
 def row_deviation(
+    model: nn.Module,
     clipper: PatientClipper,
     loss: WeightedLoss,
     like: Dataset,
@@ -37,6 +42,7 @@ def row_deviation(
     shuffled and half of the other patients are replaced; 0.0 if equal bit for bit.
 
     Args:
+        model: Its trainable parameters are shaken and restored.
         clipper: On the model.
         loss: Runs the model on one micro-batch.
         like: Gives the shapes of the inputs; its values are not read.
@@ -44,9 +50,31 @@ def row_deviation(
         device: Where the model is.
 
     Raises:
-        PrivacyError: A row's loss reaches another patient's rows.
+        PrivacyError: A row's loss reaches another patient's rows, or a pass changes a buffer.
     """
-    k, generator = clipper.rows_per_patient, torch.Generator().manual_seed(20)
+    generator = torch.Generator().manual_seed(20)
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    with _shaken(list(clipper.sums), generator):
+        deviation = _deviation(clipper, loss, like, micro_batch, device, generator)
+    for name, value in model.named_buffers():
+        if name not in buffers or not torch.equal(value, buffers[name]):
+            raise PrivacyError(
+                f"{name}: a forward pass changes this buffer, which would carry patients' data "
+                "past the noise",
+                cure="use layers without running state, or put them into eval()",
+            )
+    return deviation
+
+
+def _deviation(
+    clipper: PatientClipper,
+    loss: WeightedLoss,
+    like: Dataset,
+    micro_batch: int,
+    device: torch.device,
+    generator: torch.Generator,
+) -> float:
+    k = clipper.rows_per_patient
     rows = _random_rows(like, micro_batch * k, generator)
     others = _random_rows(like, micro_batch * k, generator)
     order = torch.randperm(micro_batch, generator=generator)
@@ -100,9 +128,25 @@ def _measured_deviation(
             difference = torch.cat([g1 * factors[0][patient], g2 * -factors[1][slot]])
             layer.accumulate(torch.cat([x1, x2])[None], difference[None])
         total = sum(float(s.square().sum()) for s in clipper.sums.values())
+        if not math.isfinite(total):
+            return math.inf
         worst = max(worst, total**0.5 / clipper.max_grad_norm)
     clipper.begin()
     return worst
+
+
+@contextmanager
+def _shaken(parameters: list[nn.Parameter], generator: torch.Generator) -> Iterator[None]:
+    kept = [p.detach().clone() for p in parameters]
+    try:
+        with torch.no_grad():
+            for p in parameters:
+                p.add_(torch.randn(p.shape, generator=generator).to(p), alpha=_SHAKEN)
+        yield
+    finally:
+        with torch.no_grad():
+            for p, value in zip(parameters, kept, strict=True):
+                p.copy_(value)
 
 
 def _random_rows(like: Dataset, rows: int, generator: torch.Generator) -> _Rows:

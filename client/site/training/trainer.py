@@ -194,7 +194,7 @@ class Trainer:
         """The plan's two slacks against this model, this site and these kernels."""
         patients, micro_batch = self._dataset.n_patients, self._flags.micro_batch
         deviation = row_deviation(
-            clipper, self._weighted_loss, self._dataset, micro_batch, self._device
+            self._model, clipper, self._weighted_loss, self._dataset, micro_batch, self._device
         )
         rounding = clipper.rounding_slack(patients, micro_batch)
         if rounding > plan.slack:
@@ -205,7 +205,8 @@ class Trainer:
             )
         # Measured on a few patients: doubled, and charged for a batch that is hardly ever exceeded.
         others = plan.denominator + 8 * math.sqrt(plan.denominator) + 8
-        if (needed := 2 * deviation * others) > plan.batch_slack:
+        needed = 2 * deviation * others
+        if needed > plan.batch_slack:
             raise PrivacyError(
                 f"a patient's gradient depends on its neighbours in the micro-batch, together by "
                 f"{needed:.1e}·C, above the plan's batch_slack {plan.batch_slack:.1e}",
