@@ -136,6 +136,7 @@ class Guard:
         self._admit(hospital, prepared.study)
         work = ready(hospital, prepared, request, arrays)
         try:
+            hospital.check_stopping()
             hospital.ledger.charge(prepared.study, hospital.name, request)
             body, released = _act(work)
         finally:

@@ -183,7 +183,6 @@ def _optimizer(study: Study) -> OptimizerConfig:
         learning_rate=training.learning_rate,
         momentum=training.momentum,
         weight_decay=training.weight_decay,
-        average_last=1.0 if training.average else 0.0,
     )
 
 

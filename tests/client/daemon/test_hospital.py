@@ -222,6 +222,16 @@ def test_a_full_disk_releases_nothing(
     assert len(world.charges()) == 2
 
 
+def test_an_ending_daemon_charges_nothing_more(
+    ward_module: Any, tmp_path: Path, study: Any
+) -> None:
+    world = ward_module.Ward(tmp_path)
+    initial = world.prepared(study)
+    world.hospitals["a"].stopping = True
+    assert world.ask(world.request("train", study, 1), initial)[0].refusal == "internal"
+    assert world.charges() == []
+
+
 def test_only_the_latest_answers_are_kept(ward_module: Any, tmp_path: Path) -> None:
     study = ward_module.make_study(
         private=False, training={"steps_per_round": 1}, federation={"rounds": 12}
