@@ -207,8 +207,10 @@ AT_RUN_TIME = {
 def test_misbehaving_model_is_refused_before_any_data_is_read(case):
     loss, reason = AT_RUN_TIME[case]
     plan = DPExecutionPlan(0.5, 1, 1, 8, max_grad_norm=1.0, noise_multiplier=1.0)
+    model = Two()
     with pytest.raises(PrivacyError, match=reason):
-        Trainer(Two(), loss, dataset(), plan, OptimizerConfig(), Entropy(), PerformanceFlags(4))
+        Trainer(model, loss, dataset(), plan, OptimizerConfig(), Entropy(), PerformanceFlags(4))
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_rows_that_mix_are_found_though_the_adapter_starts_from_zero():

@@ -96,7 +96,11 @@ class Trainer:
             torch.set_float32_matmul_precision("highest")  # TF32 rounds by shape
             self._clipper = PatientClipper(model, plan.max_grad_norm, plan.records_per_patient)
             self._optimizer = NoisedSumOptimizer(base, plan, self._clipper, entropy)
-            self._prove(plan, self._clipper)
+            try:
+                self._prove(plan, self._clipper)
+            except BaseException:
+                self.close()  # a refused trainer leaves no hook on a model that others share
+                raise
 
     def run(self, steps: int, on_step: Callable[[int], None] = lambda step: None) -> StepStats:
         """Take `steps` steps.
