@@ -397,3 +397,10 @@ def test_a_study_is_described_by_source():
     )
     assert dimensions(study) == {"lab": 24, "note": 512, "slide": 3}
     assert "not a language model" in describe(study)["note"]
+
+
+def test_the_page_of_the_shard_lists_every_series():
+    from client.site.encoders.clinical import SERIES
+
+    page = (Path(__file__).parents[3] / "docs" / "shard.md").read_text()
+    assert [name for _, name in SERIES if f"`{name}`" not in page] == []
