@@ -170,7 +170,6 @@ class Training(Part):
 
     Attributes:
         steps_per_round: DP-SGD steps between two exchanges.
-        average: Return the mean of the round's iterates instead of the last one (post-processing).
     """
 
     optimizer: Literal["sgd", "adam"] = "adam"
@@ -178,7 +177,6 @@ class Training(Part):
     momentum: float = Field(default=0.0, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
     steps_per_round: int = Field(default=20, ge=1)
-    average: bool = False
 
 
 class Privacy(Part):
@@ -248,6 +246,8 @@ class Federation(Part):
         startup_seconds: Time for sites to appear, encode and load the SLM.
         retries: How often a lost round is asked again (spare rounds pay for it).
         server_optimizer: `fedavg`, or `fedadam` (Reddi et al. 2021) on the averaged change.
+        average_last: Fraction of the last rounds whose mean adapter is evaluated and published; 0
+            takes the last one. Post-processing: it costs no privacy and averages noise out.
         patients_declared: Default for sites that a simulation finds on disk.
     """
 
@@ -258,6 +258,7 @@ class Federation(Part):
     retries: int = Field(default=1, ge=0)
     server_optimizer: Literal["fedavg", "fedadam"] = "fedavg"
     server_learning_rate: float = Field(default=1.0, gt=0)
+    average_last: float = Field(default=0.5, ge=0, le=1)
     patients_declared: int | None = Field(default=None, ge=1)
     sites: dict[Name, Site] = {}
 

@@ -20,6 +20,7 @@ from common.errors import FedwardError
 from common.messages import Arrays, digest_arrays
 
 KEPT = 2
+PARTS = ("adapter", "optimizer", "average")
 
 
 class CheckpointError(FedwardError):
@@ -35,7 +36,7 @@ class Checkpoint:
     Attributes:
         round: Last round that was asked of the sites, lost ones included.
         completed: How many of them were aggregated.
-        adapter, optimizer: Arrays after that round.
+        adapter, optimizer, average: Arrays after that round.
         history: Public values that the report needs (ε, bytes, evaluations), JSON.
     """
 
@@ -46,13 +47,17 @@ class Checkpoint:
     adapter: Arrays
     optimizer: Arrays = field(default_factory=dict)
     history: dict[str, Any] = field(default_factory=dict)
+    average: Arrays = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Makes the checkpoint durable under `folder`, then drops older ones."""
         folder.mkdir(parents=True, exist_ok=True)
         name = f"round-{self.round:06d}"
-        arrays = {f"adapter:{k}": v for k, v in self.adapter.items()}
-        arrays |= {f"optimizer:{k}": v for k, v in self.optimizer.items()}
+        arrays = {
+            f"{part}:{key}": array
+            for part in PARTS
+            for key, array in getattr(self, part).items()
+        }
         state = {
             "study_hash": self.study_hash,
             "run": self.run,
@@ -103,11 +108,11 @@ class Checkpoint:
                     for key, array in arrays.items()
                     if key.startswith(f"{kind}:")
                 }
-                for kind in ("adapter", "optimizer")
+                for kind in PARTS
             }
             return cls(
                 study_hash, state["run"], state["round"], state["completed"],
-                part["adapter"], part["optimizer"], state["history"],
+                **part, history=state["history"],
             )
         if found:
             raise CheckpointError(

@@ -29,7 +29,7 @@ from common.study import Study
 from server.checkpoint import Checkpoint
 from server.exchange import Exchange, FederationError, Outcome, Received
 from server.metrics import measure, noise_deviation
-from server.optimizer import server_optimizer, weighted_mean
+from server.optimizer import TailAverage, server_optimizer, weighted_mean
 
 log = logging.getLogger("fedward")
 
@@ -99,6 +99,7 @@ class Federation:
         self.on_line, self._clock = on_line, clock
         self.resume = resume
         self.optimizer = server_optimizer(study.federation)
+        self.average = TailAverage(study.federation.rounds, study.federation.average_last)
         self.progress = Progress()
         self.adapter: Arrays = {}
         self.prepared: dict[str, dict[str, Any]] = {}
@@ -133,7 +134,8 @@ class Federation:
             self._train_round()
             self._evaluate_due(due)
         return Finished(
-            self.study, self.exchange.run, self.adapter, self.progress, self.prepared
+            self.study, self.exchange.run, self.average.mean(self.adapter), self.progress,
+            self.prepared,
         )
 
     def _restore(self) -> None:
@@ -142,6 +144,7 @@ class Federation:
             self.exchange.run = found.run
             self.adapter = found.adapter
             self.optimizer.restore(found.optimizer)
+            self.average.restore(found.average)
             self.progress = Progress(
                 round=found.round, completed=found.completed, **found.history
             )
@@ -227,7 +230,7 @@ class Federation:
         progress = self.progress
         progress.round += 1
         began = self._clock()
-        outcome = self._ask("train", progress.round)
+        outcome = self._ask("train", progress.round, self.adapter)
         for site in [s for s, r in outcome.answers.items() if not self._fits(r)]:
             outcome.refused[site] = "adapter-invalid"
             del outcome.answers[site]
@@ -243,6 +246,7 @@ class Federation:
             )
             self.adapter = self.optimizer.step(self.adapter, mean)
             progress.completed += 1
+            self.average.add(progress.completed, self.adapter)
             progress.bytes_up_per_round = max(r.size for r in answered.values())
         seconds = self._clock() - began
         progress.seconds["train"] += seconds
@@ -254,7 +258,7 @@ class Federation:
             "" if reached else f"; lost, a round needs {self.quorum}",
         )
 
-    def _ask(self, kind: Any, number: int) -> Outcome:
+    def _ask(self, kind: Any, number: int, adapter: Arrays) -> Outcome:
         """Asks all ready sites, and those that did not answer again while the quorum is missed.
 
         The same request is sent each time, so that a site which answered too late is not charged
@@ -266,23 +270,23 @@ class Federation:
             sites = [s for s in self._ready() if s not in total.answers and s not in total.refused]
             if attempt and sites:
                 log.info("asking %d sites again", len(sites))
-            _merge(total, self._ask_once(kind, sites, number))
+            _merge(total, self._ask_once(kind, sites, number, adapter))
             woken = [s for s, code in total.refused.items() if code == "not-prepared"]
             if woken:
                 self._prepare(woken, seconds=federation.startup_seconds)
                 woken = [s for s in woken if s in self.prepared]
                 for site in woken:
                     del total.refused[site]
-                _merge(total, self._ask_once(kind, woken, number))
+                _merge(total, self._ask_once(kind, woken, number, adapter))
             if len(total.answers) >= self.quorum or not total.lost:
                 break
         for site, code in (total.refused | total.lost).items():
             log.warning("site %s did not take part: %s", site, code)
         return total
 
-    def _ask_once(self, kind: Any, sites: list[str], number: int) -> Outcome:
+    def _ask_once(self, kind: Any, sites: list[str], number: int, adapter: Arrays) -> Outcome:
         return self.exchange.ask(
-            kind, sites, round=number, arrays=self.adapter,
+            kind, sites, round=number, arrays=adapter,
             seconds=self.study.federation.deadline_seconds,
         )
 
@@ -311,7 +315,7 @@ class Federation:
                 return
             release = len(progress.evaluations) + 1
             began = self._clock()
-            outcome = self._ask("evaluate", release)
+            outcome = self._ask("evaluate", release, self.average.mean(self.adapter))
             shape = (len(self.study.tasks), 2, self.study.evaluation.bins)
             answered = {
                 site: r for site, r in self._in_order(outcome).items()
@@ -347,7 +351,7 @@ class Federation:
         history = {k: v for k, v in vars(self.progress).items() if k not in ("round", "completed")}
         Checkpoint(
             self.study.hash, self.exchange.run, self.progress.round, self.progress.completed,
-            self.adapter, self.optimizer.state(), history,
+            self.adapter, self.optimizer.state(), history, self.average.state(),
         ).write(self.out / "checkpoint")
 
     def _line(self, outcome: Outcome, *, kind: str, seconds: float, **more: Any) -> None:

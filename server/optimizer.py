@@ -102,6 +102,46 @@ class FedAdam:
         self._moments = {name: (state[f"m:{name}"], state[f"v:{name}"]) for name in names}
 
 
+class TailAverage:
+    """Mean of the adapters after the last rounds (Polyak and Juditsky 1992).
+
+    Under noise each round's adapter scatters around where training stands; their mean does not.
+
+    Args:
+        rounds: Rounds of the study.
+        fraction: Of the last rounds to average; the last round always counts.
+    """
+
+    def __init__(self, rounds: int, fraction: float) -> None:
+        self._first = min(rounds, 1 + int(rounds * (1 - fraction)))
+        self._sums: Arrays = {}
+        self._count = 0
+
+    def add(self, completed: int, adapter: Arrays) -> None:
+        """Takes in the adapter after the round number `completed`, from 1."""
+        if completed < self._first:
+            return
+        for name, x in adapter.items():
+            self._sums[name] = self._sums.get(name, 0.0) + x.astype(np.float64)
+        self._count += 1
+
+    def mean(self, adapter: Arrays) -> Arrays:
+        """The average so far in the types of `adapter`, which stands in before the tail begins."""
+        if not self._count:
+            return adapter
+        return {name: (self._sums[name] / self._count).astype(x.dtype)
+                for name, x in adapter.items()}
+
+    def state(self) -> Arrays:
+        """What a checkpoint keeps."""
+        return {"count": np.array(self._count), **{f"sum:{n}": x for n, x in self._sums.items()}}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Inverse of `state`."""
+        self._count = int(state["count"])
+        self._sums = {key[4:]: x for key, x in state.items() if key.startswith("sum:")}
+
+
 def server_optimizer(federation: Federation) -> ServerOptimizer:
     """The optimizer that a study names."""
     if federation.server_optimizer == "fedadam":

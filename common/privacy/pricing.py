@@ -19,11 +19,6 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import Literal
 
-import dp_accounting
-from dp_accounting import dp_event
-from dp_accounting.pld import PLDAccountant
-from dp_accounting.rdp import RdpAccountant
-
 from common.errors import PrivacyError
 from common.privacy.events import (
     GaussianHistogram,
@@ -38,8 +33,6 @@ Accountant = Literal["pld", "rdp"]
 _LOSS_INTERVAL = 1e-3  # of the discretised PLD: 0.02 % above the price at 1e-4, 5-10 times faster
 _GRID = 1e-4  # noise multipliers are calibrated to, rounded up
 _LARGEST = 10**10  # grid points: a multiplier of a million
-
-_ADD_REMOVE = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
 
 # What a price depends on: (sample rate, noise multiplier, compositions).
 _Mechanism = tuple[float, float, int]
@@ -125,10 +118,16 @@ def calibrate_gaussian(target_epsilon: float, delta: float, releases: int) -> fl
 
 @lru_cache(maxsize=4096)
 def _price(mechanisms: tuple[_Mechanism, ...], delta: float, accountant: Accountant) -> float:
+    # Imported late: it brings scipy.stats, seconds that relay and help pages need not wait for.
+    from dp_accounting import NeighboringRelation, dp_event
+    from dp_accounting.pld import PLDAccountant
+    from dp_accounting.rdp import RdpAccountant
+
+    add_remove = NeighboringRelation.ADD_OR_REMOVE_ONE
     if accountant == "rdp":
-        ledger = RdpAccountant(neighboring_relation=_ADD_REMOVE)
+        ledger = RdpAccountant(neighboring_relation=add_remove)
     else:
-        ledger = PLDAccountant(_ADD_REMOVE, value_discretization_interval=_LOSS_INTERVAL)
+        ledger = PLDAccountant(add_remove, value_discretization_interval=_LOSS_INTERVAL)
     for sample_rate, noise_multiplier, count in mechanisms:
         one: dp_event.DpEvent = dp_event.GaussianDpEvent(noise_multiplier)
         if sample_rate < 1:

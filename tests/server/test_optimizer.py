@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from server.optimizer import FedAdam, FedAvg, weighted_mean
+from server.optimizer import FedAdam, FedAvg, TailAverage, weighted_mean
 
 
 def test_weighted_mean_renormalises_and_accumulates_in_double() -> None:
@@ -57,3 +57,28 @@ def test_fedadam_state_round_trip() -> None:
     second.restore(first.state())
     mean = {"a:b": rng.normal(size=4)}
     assert first.step(x, mean)["a:b"].tobytes() == second.step(x, mean)["a:b"].tobytes()
+
+
+def test_tail_average_is_the_mean_of_the_last_rounds_and_survives_a_checkpoint() -> None:
+    adapters = [{"w": np.full(3, n, dtype=np.float32)} for n in range(1, 11)]
+    whole, first = TailAverage(10, 0.5), TailAverage(10, 0.5)
+    for n, adapter in enumerate(adapters, start=1):
+        whole.add(n, adapter)
+    for n, adapter in enumerate(adapters[:7], start=1):
+        first.add(n, adapter)
+    second = TailAverage(10, 0.5)
+    second.restore(first.state())
+    for n, adapter in enumerate(adapters[7:], start=8):
+        second.add(n, adapter)
+    assert whole.mean(adapters[-1])["w"].tolist() == [8.0, 8.0, 8.0]
+    assert second.mean(adapters[-1])["w"].tobytes() == whole.mean(adapters[-1])["w"].tobytes()
+    assert whole.mean(adapters[-1])["w"].dtype == np.float32
+
+
+def test_tail_average_of_nothing_is_the_last_round() -> None:
+    average = TailAverage(4, 0.0)
+    for n in range(1, 5):
+        average.add(n, {"w": np.array([n], dtype=np.float32)})
+    assert average.mean({"w": np.array([0], dtype=np.float32)})["w"].tolist() == [4.0]
+    untouched = {"w": np.array([7], dtype=np.float32)}
+    assert TailAverage(4, 0.5).mean(untouched) is untouched

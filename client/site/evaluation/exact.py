@@ -15,7 +15,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import average_precision_score, precision_recall_fscore_support, roc_auc_score
 
 from common.errors import FedwardError
 
@@ -201,6 +200,13 @@ def _point(
 ) -> dict[str, float | None]:
     if not truth.any() or truth.all():
         return dict.fromkeys(METRICS)
+    # Imported late: seconds that a daemon's start need not wait for.
+    from sklearn.metrics import (
+        average_precision_score,
+        precision_recall_fscore_support,
+        roc_auc_score,
+    )
+
     precision, recall, f1, _ = precision_recall_fscore_support(
         truth, score >= threshold, average="binary", zero_division=np.nan
     )

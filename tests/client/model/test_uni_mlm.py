@@ -129,12 +129,12 @@ def test_untrained_model_predicts_the_public_prior_whatever_is_missing(slm_folde
 def test_every_source_starts_with_the_same_slope(slm_folder, family: str) -> None:
     """The Jacobian of the logits to W_s e has norm token_scale (root mean square over tasks)."""
     model = build(study(slm=str(slm_folder(family)), token_scale=0.5, logit_gain=3.0), DIMS)
-    inputs = {name: torch.zeros(1, 1, d) for name, d in DIMS.items()}
+    inputs = {name: torch.eye(d)[:1, None] for name, d in DIMS.items()}
     present = {name: torch.ones(1, 1, dtype=torch.bool) for name in DIMS}
     logits = model(inputs, present).logits_BK[0]
     for name in DIMS:
-        bias = model.projectors[name].bias
-        slopes = [torch.autograd.grad(z, bias, retain_graph=True)[0] for z in logits]
+        weight = model.projectors[name].weight
+        slopes = [torch.autograd.grad(z, weight, retain_graph=True)[0][:, 0] for z in logits]
         norm = torch.stack(slopes).square().sum(1).mean().sqrt().item()
         assert norm == pytest.approx(0.5, rel=1e-3)
 
@@ -154,7 +154,7 @@ def test_only_adapter_is_trainable_and_slm_is_shared(slm_folder) -> None:
     first, second = build(s, DIMS), build(s, DIMS)
     assert first.slm is second.slm
     assert all(name.startswith("projectors.") for name in adapter_state(first))
-    assert adapter_spec(first)["trainable_parameters"] == sum(64 * (d + 1) for d in DIMS.values())
+    assert adapter_spec(first)["trainable_parameters"] == 64 * sum(DIMS.values())
     lora = adapter_state(build(study(slm=str(slm_folder("llama")), lora=Lora(rank=2)), DIMS))
     assert sum("lora_" in name for name in lora) == 8
     assert not any("lora_" in name for name, _ in first.named_parameters())

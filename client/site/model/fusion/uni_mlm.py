@@ -33,8 +33,9 @@ class Prediction:
 class UniMlm(nn.Module):
     """Projectors before a frozen SLM.
 
-    A token is `base_s + a_s (W_s e + b_s)`: `base_s` is the (frozen) embedding of a vocabulary
-    entry drawn for the source, and W_s, b_s start at zero. The paper starts from a random W
+    A token is `base_s + a_s W_s e`: `base_s` is the (frozen) embedding of a vocabulary entry drawn
+    for the source, and W_s starts at zero. It stands for the bias, which would add the same
+    constant to every patient's gradient norm and so spend the clipping norm on nothing. The paper starts from a random W
     instead; from zero the first gradients are those of a linear model in e, which under clipping
     and noise is worth more than random features.
 
@@ -78,7 +79,7 @@ class UniMlm(nn.Module):
         self.register_buffer("head_KH", rows, persistent=False)
         self.softcap = getattr(slm.causal.config, "final_logit_softcapping", None)
         self.projectors = nn.ModuleDict(
-            {name: nn.Linear(d, slm.hidden_size) for name, d in dims.items()}
+            {name: nn.Linear(d, slm.hidden_size, bias=False) for name, d in dims.items()}
         )
         self.decoders = nn.ModuleDict(
             {name: nn.Linear(slm.hidden_size, d) for name, d in dims.items()}
@@ -87,7 +88,6 @@ class UniMlm(nn.Module):
         )
         for projector in self.projectors.values():
             nn.init.zeros_(projector.weight)
-            nn.init.zeros_(projector.bias)
         for decoder in self.decoders.values():
             bound = decoder.in_features**-0.5
             with torch.no_grad():
