@@ -12,10 +12,11 @@ over the measurement's number and not over time), with these differences, all on
   the order of rows in a table means nothing.
 * A peak is a local maximum not below the series' median (`scipy.signal.find_peaks`,
   ``height=median``; a plateau is one peak).
-* Values are standardised by public clinical constants before, and each statistic is squashed into
-  [-1, 1] by public constants after. Everything is a function of the one record: no mean or
-  deviation over patients, which under differential privacy would be an unpaid release.
-  Zero therefore means typical, for an absent series as well; the presence flag tells them apart.
+* Values are standardised by public clinical constants before; after, each statistic is squashed
+  into a public range within [-1, 1], and the whole vector held to a public norm (`NORM`).
+  Everything is a function of the one record: no mean or deviation over patients, which under
+  differential privacy would be an unpaid release. Zero therefore means typical, for an absent
+  series as well; the presence flag tells them apart.
 """
 
 from __future__ import annotations
@@ -62,6 +63,9 @@ _LOGARITHMIC = np.array([name in ("sum_of_absolute_differences", "peaks") for na
 _RANGE = np.array([1.0, 0.5, 0.8, 0.8, 0.3, 0.5, 0.5, 0.5, 0.5, 0.5, 0.3])
 PRESENCE = 0.2
 """Value of the presence flag of a series that has an entry."""
+NORM = {"chart": 2.0, "lab": 1.5, "procedure": 0.5, "demographics": 0.7}
+"""Longest vector per kind. The longest records are otherwise the ones that clipping shortens most,
+and the norm of the other sources with them."""
 
 
 def dimension(n_series: int) -> int:
@@ -84,7 +88,8 @@ def statistics(
 
     Returns:
         ``x`` float32 ``[N, 12 S]`` in [-1, 1]: the eleven statistics of the first series, of the
-        second, ..., then the S presence flags (`PRESENCE` or 0). An absent series is all zeros.
+        second, ..., then the S presence flags (`PRESENCE` or 0), all shortened together where
+        the row is longer than `NORM`. An absent series is all zeros.
         ``present`` bool ``[N]``: whether any of the series has an entry. Rows as in `records`.
 
     Raises:
@@ -100,7 +105,8 @@ def statistics(
     seen = np.zeros(n * s, dtype=np.float32)
     seen[groups] = PRESENCE
     presence = seen.reshape(n, s)
-    return np.concatenate([cells.reshape(n, s * k), presence], axis=1), presence.max(axis=1) > 0
+    x = np.concatenate([cells.reshape(n, s * k), presence], axis=1)
+    return _held(x, NORM[source]), presence.max(axis=1) > 0
 
 
 def demographics(records: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
@@ -121,7 +127,14 @@ def demographics(records: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     sex = records["sex"].cast(pl.String).fill_null("").to_numpy()
     male, female = sex == "M", sex == "F"
     columns = [np.tanh(z / 2.0), missing, male, female, ~(male | female)]
-    return np.stack(columns, axis=1).astype(np.float32), np.ones(records.height, dtype=bool)
+    x = np.stack(columns, axis=1).astype(np.float32)
+    return _held(x, NORM["demographics"]), np.ones(records.height, dtype=bool)
+
+
+def _held(x: np.ndarray, longest: float) -> np.ndarray:
+    """Rows of x, those longer than `longest` shortened to it."""
+    norm = np.sqrt(np.square(x, dtype=np.float64).sum(axis=1, keepdims=True))
+    return (x * np.minimum(1.0, longest / np.maximum(norm, longest))).astype(np.float32)
 
 
 def _entries(

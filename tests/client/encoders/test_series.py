@@ -44,6 +44,12 @@ def records_frame(rows: list[tuple[str, str, float]]) -> pl.DataFrame:
 
 
 @pytest.fixture
+def unheld(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Vectors as long as they come, so that single cells can be compared."""
+    monkeypatch.setattr(series, "NORM", dict.fromkeys(series.NORM, 1e6))
+
+
+@pytest.fixture
 def cohort() -> tuple[pl.DataFrame, pl.DataFrame]:
     """Thirty stays, two records each, with plateaus, single entries and absent series."""
     rng = np.random.default_rng(0)
@@ -68,7 +74,7 @@ def standardised(name: str, value: float) -> float:
     return (value - spec.centre) / spec.scale
 
 
-def test_each_statistic_equals_its_slow_transcription(cohort) -> None:
+def test_each_statistic_equals_its_slow_transcription(cohort, unheld) -> None:
     events, records = cohort
     x, present = series.statistics(events, records, "lab", LABS)
     assert x.shape == (60, series.dimension(3))
@@ -155,6 +161,12 @@ def test_wild_values_stay_in_bounds(source: str) -> None:
     x, _ = series.statistics(events_frame(rows), records_frame([("a", "s", 99.0)]), source, names)
     assert np.isfinite(x).all()
     assert np.abs(x).max() <= 1
+    assert np.linalg.norm(x[0]) <= series.NORM[source] * (1 + 1e-6)
+
+
+def test_holding_a_vector_shortens_it_and_keeps_its_direction() -> None:
+    x = np.array([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]], dtype=np.float32)
+    np.testing.assert_allclose(series._held(x, 2.0), [[1.2, 1.6], [0.3, 0.4], [0, 0]], rtol=1e-6)
 
 
 def test_a_procedure_counts_as_done_whatever_its_value() -> None:
@@ -172,7 +184,7 @@ def test_a_procedure_counts_as_done_whatever_its_value() -> None:
     assert once[0, 0] > 0
 
 
-def test_demographics() -> None:
+def test_demographics(unheld) -> None:
     records = pl.DataFrame({"age": [62.0, 96.0, None], "sex": ["M", "F", None]})
     x, present = series.demographics(records)
     np.testing.assert_allclose(x[:, 0], [0, np.tanh(1.0), 0], atol=1e-6)
@@ -199,7 +211,7 @@ def test_constants_are_whole_and_sane() -> None:
             assert spec.low > 0
 
 
-def test_real_stays(open_data) -> None:
+def test_real_stays(open_data, unheld) -> None:
     folder = open_data / "physionet-2012" / "set-a-ccu"
     events = pl.read_parquet(folder / "events.parquet")
     records = pl.read_parquet(folder / "records.parquet")
