@@ -77,15 +77,14 @@ class Display:
                 )
             self._live.update(table)
             return
-        lines = [
-            f"  {s.get('site')}: {s.get('phase')} {_progress(s)}".rstrip()
+        doing = [
+            f"{s.get('site')} {s.get('phase')} {_progress(s)}".rstrip()
             for s in status
             if s.get("phase") not in (None, "idle", "ready")
         ]
-        if lines and lines != self._last and time.monotonic() - self._told >= _QUIET_SECONDS:
-            self._last, self._told = lines, time.monotonic()
-            for text in lines:
-                self.say(text)
+        if doing and doing != self._last and time.monotonic() - self._told >= _QUIET_SECONDS:
+            self._last, self._told = doing, time.monotonic()
+            self.say("  " + ", ".join(doing))
 
 
 def _progress(site: Mapping[str, Any]) -> str:
@@ -104,8 +103,7 @@ def _epsilon(epsilon: Any) -> str:
 
 
 def _worst(epsilon: Mapping[str, Mapping[str, Any]]) -> str:
-    values = [
-        value for site in epsilon.values() for value in site.values()
-        if isinstance(value, int | float)
-    ]
-    return f"{max(values):.2f}" if values else "none"
+    values = [value for site in epsilon.values() for value in site.values()]
+    if not values or None in values:
+        return "∞" if values else "–"
+    return f"{max(values):.2f}"

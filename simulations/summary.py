@@ -16,18 +16,20 @@ def show(report: Report, out: Path, console: Console) -> None:
     """Metrics per task, ε per hospital and population, sizes, encoders, and where all of it lies."""
     exact = report.simulation_exact
     tasks = Table(title="federation, validation patients", box=SIMPLE, title_justify="left")
-    for name in ("task", "AUROC", "AUPRC", "precision", "recall", "support"):
-        tasks.add_column(name, justify="left" if name == "task" else "right")
-    if exact:
-        tasks.add_column("exact AUROC", justify="right")
-        tasks.add_column("exact AUPRC", justify="right")
+    names = ["task", "AUROC", "95 %", "AUPRC", "precision", "recall", "support"]
+    for name in [*names, *(["exact AUROC", "exact AUPRC"] if exact else [])]:
+        tasks.add_column(name, justify="left" if name == "task" else "right", overflow="fold")
     for name, task in report.tasks.items():
+        interval = task.interval.get("auroc")
         row = [
-            name, *(_metric(task, m) for m in ("auroc", "auprc", "precision", "recall")),
+            name,
+            _metric(task.auroc),
+            f"{interval[0]:.2f}–{interval[1]:.2f}" if interval else "–",
+            *(_metric(value) for value in (task.auprc, task.precision, task.recall)),
             f"{task.support:.0f}",
         ]
         if exact:
-            row += [_metric(exact.tasks[name], m) for m in ("auroc", "auprc")]
+            row += [_metric(exact.tasks[name].auroc), _metric(exact.tasks[name].auprc)]
         tasks.add_row(*row)
     console.print(tasks)
     if any(t.auroc is None for t in report.tasks.values()):
@@ -67,12 +69,8 @@ def show(report: Report, out: Path, console: Console) -> None:
         console.print("without differential privacy: the adapter may reveal patients", style="bold")
 
 
-def _metric(task: Any, name: str) -> str:
-    value = getattr(task, name)
-    if value is None:
-        return "–"
-    interval = task.interval.get(name)
-    return f"{value:.3f} [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else f"{value:.3f}"
+def _metric(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def _epsilon(value: float | None) -> str:
