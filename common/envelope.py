@@ -37,7 +37,10 @@ def from_record(record: RecordDict) -> Envelope:
         ValueError: The record is not of that shape.
     """
     try:
-        header, signature = (record[_ENVELOPE][part] for part in ("header", "signature"))
+        header, signature = (
+            bytes(record.config_records[_ENVELOPE][part])  # type: ignore[arg-type]
+            for part in ("header", "signature")
+        )
         arrays = record.array_records.get(_ARRAYS)
         return Envelope(
             header=header,

@@ -116,7 +116,8 @@ class Checkpoint:
             )
         if found:
             raise CheckpointError(
-                f"no checkpoint under {folder} can be read", cure="restore the folder, or start over"
+                f"no checkpoint under {folder} can be read",
+                cure="restore the folder, or start over",
             )
         return None
 

@@ -129,7 +129,7 @@ class Federation:
                 raise FederationError(
                     f"{self.progress.round} rounds were asked, {self.progress.completed} reached "
                     f"the quorum of {self.quorum} sites, and no spare round is left",
-                    cure="see rounds.jsonl for the codes; raise privacy.spare_rounds in a new study",
+                    cure="see rounds.jsonl for the codes; raise privacy.spare_rounds",
                 )
             self._train_round()
             self._evaluate_due(due)

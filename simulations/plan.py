@@ -59,7 +59,7 @@ def make_plan(
     if study.resolved and epsilon is None and rounds is None and sites is None:
         settled = study
     else:
-        settled = resolve(study, sites=dict(sites) if sites else None, epsilon=epsilon, rounds=rounds)
+        settled = resolve(study, sites=sites, epsilon=epsilon, rounds=rounds)
     names = list(settled.federation.sites)
     per_round = declared = reserved = None
     if settled.privacy.mode != "none":
@@ -108,7 +108,7 @@ def show_plan(
     """Prints the plan as tables."""
     plan = make_plan(study, sites=sites, epsilon=epsilon, rounds=rounds)
     settled, privacy = plan.study, plan.study.privacy
-    table = Table(title=f"study {settled.name}", box=SIMPLE, show_header=False, title_justify="left")
+    table = Table(title=f"study {settled.name}", box=SIMPLE, show_header=False)
     table.add_column()
     table.add_column()
     rows = {"hash": settled.hash[:16], "privacy": privacy.mode}
@@ -116,7 +116,8 @@ def show_plan(
         rows |= {
             "noise multiplier σ": f"{privacy.noise_multiplier:.4f} (evaluation "
             f"{settled.evaluation.noise_multiplier:.4f})",
-            "sampling rate q, clipping norm C": f"{privacy.sample_rate:g}, {privacy.max_grad_norm:g}",
+            "sampling rate q": f"{privacy.sample_rate:g}",
+            "clipping norm C": f"{privacy.max_grad_norm:g}",
             "δ": f"{privacy.delta:g}",
             "ε of one round": f"{plan.per_round['train']:.3f}",
             f"ε of {settled.federation.rounds} rounds": f"{plan.declared['train']:.3f}",

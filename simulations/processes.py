@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 _MARK = "FEDWARD_FAMILY"
 
@@ -37,7 +37,10 @@ class Family:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.end()
 
@@ -56,7 +59,7 @@ class Family:
     def watch(self) -> None:
         """Notes the present members, so that orphans are recognised later. Cheap; call it often."""
         table = _processes()
-        alive = {pid for pid, started in self._known.items() if table.get(pid, (0, ""))[1] == started}
+        alive = {p for p, began in self._known.items() if table.get(p, (0, ""))[1] == began}
         members = alive | {c.pid for c in self._children if c.pid in table}
         members |= {pid for pid in table if pid not in members and self._marked(pid)}
         grown = True
@@ -107,7 +110,7 @@ class Family:
 
 
 def _processes() -> dict[int, tuple[int, str]]:
-    """Parent and start time (which tells a reused number apart) of every process, zombies left out."""
+    """Parent and start time (a number may be reused) of every process but zombies."""
     table: dict[int, tuple[int, str]] = {}
     if Path("/proc/self/stat").exists():
         for entry in os.listdir("/proc"):
@@ -130,9 +133,9 @@ def _processes() -> dict[int, tuple[int, str]]:
     return table
 
 
-def _ignore_interrupts() -> dict[int, object]:
+def _ignore_interrupts() -> dict[int, Any]:
     """A second Ctrl-C must not stop the cleaning up; only a main thread can say so."""
-    replaced: dict[int, object] = {}
+    replaced: dict[int, Any] = {}
     for number in (signal.SIGINT, signal.SIGTERM):
         try:
             replaced[number] = signal.signal(number, signal.SIG_IGN)

@@ -13,7 +13,7 @@ from server.report import Report
 
 
 def show(report: Report, out: Path, console: Console) -> None:
-    """Metrics per task, ε per hospital and population, sizes, encoders, and where all of it lies."""
+    """Metrics per task, ε per hospital and population, sizes, encoders, and where it lies."""
     exact = report.simulation_exact
     tasks = Table(title="federation, validation patients", box=SIMPLE, title_justify="left")
     names = ["task", "AUROC", "95 %", "AUPRC", "precision", "recall", "support"]

@@ -11,7 +11,7 @@ import os
 import time
 
 import grpc
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from client.relay.local import LocalDaemonError, local_socket
@@ -49,7 +49,7 @@ def forward(message: Message, context: Context) -> Message:
         content = error_record("daemon-not-started")
     except Exception:
         content = error_record("relay-failed")
-    return Message(RecordDict(content), reply_to=message)
+    return Message(content, reply_to=message)
 
 
 app = ClientApp()

@@ -31,7 +31,8 @@ def _identity() -> None:
 def daemon(tmp_path_factory: Any) -> Any:
     path = REPOSITORY / "tests" / "server" / "fake_sites.py"
     spec = importlib.util.spec_from_file_location("fake_sites_of_relay", path)
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     folder = tmp_path_factory.mktemp("r")

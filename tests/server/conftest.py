@@ -97,7 +97,8 @@ class FakeGrid:
         return identifiers
 
     def pull_messages(self, identifiers: list[str]) -> list[Message]:
-        due = [i for i in identifiers if i in self._replies and self._replies[i][0] <= self.clock.now]
+        there = [i for i in identifiers if i in self._replies]
+        due = [i for i in there if self._replies[i][0] <= self.clock.now]
         return [self._replies.pop(i)[1] for i in due]
 
 
@@ -105,7 +106,8 @@ class FakeGrid:
 def fake_sites() -> ModuleType:
     path = Path(__file__).with_name("fake_sites.py")
     spec = importlib.util.spec_from_file_location("fake_sites", path)
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules["fake_sites"] = module
     spec.loader.exec_module(module)

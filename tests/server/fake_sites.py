@@ -73,7 +73,8 @@ class FakeSites:
             return {
                 "ready": True,
                 "spec": {"trainable_parameters": int(np.prod(self.shape)) + 2, "bytes": 56,
-                         "slm": {"name": "nano", "revision": None, "sha256": "00", "embedded": True},
+                         "slm": {"name": "nano", "revision": None, "sha256": "00",
+                                 "embedded": True},
                          "lora": None, "designated": [3], "dims": {"age": 3}},
                 "encoders": {"age": "demographics"}, "slm": {"name": "nano"}, "simulated": True,
                 "public_key": self.keys[request.site].public,

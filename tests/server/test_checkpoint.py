@@ -22,7 +22,8 @@ n = 0
 while True:
     n += 1
     array = np.full(200_000, n, dtype=np.float32)
-    Checkpoint("h", "run", n, n, {"w": array}, {"m:w": array * 2}, {"n": n}).write(Path(sys.argv[1]))
+    checkpoint = Checkpoint("h", "run", n, n, {"w": array}, {"m:w": array * 2}, {"n": n})
+    checkpoint.write(Path(sys.argv[1]))
     print(n, flush=True)
 """
 

@@ -241,7 +241,9 @@ def test_refusals_at_prepare(world: Any) -> None:
 
 def test_error_texts_of_nodes_do_not_reach_files(world: Any) -> None:
     world.grid.fate = lambda node, envelope: (
-        "dead" if b'"kind":"train"' in envelope.header and b'"site":"alpha"' in envelope.header else None
+        "dead"
+        if b'"kind":"train"' in envelope.header and b'"site":"alpha"' in envelope.header
+        else None
     )
     world.federation().run()
     text = (world.folder / "out" / "rounds.jsonl").read_text()
@@ -296,7 +298,8 @@ def test_evaluations_are_spread_and_the_last_is_last(world: Any, study: Study) -
     progress = world.federation(study=Study.model_validate(raw)).run().progress
     assert [e["round"] for e in progress.evaluations] == [3, 5]
     assert progress.releases == dict.fromkeys(study.federation.sites, 2)
-    assert progress.evaluations[-1]["metrics"]["tasks"]["death"]["auroc"] == pytest.approx(0.5, abs=0.2)
+    auroc = progress.evaluations[-1]["metrics"]["tasks"]["death"]["auroc"]
+    assert auroc == pytest.approx(0.5, abs=0.2)
 
 
 @pytest.mark.parametrize("optimizer", ["fedavg", "fedadam"])
