@@ -71,6 +71,16 @@ def simulate(
     show(report, folder.absolute(), Console())
 
 
+def serve(
+    home: Annotated[Path, typer.Option(help="Folder of cohort, keys and state.")],
+) -> None:
+    """Serves the synthetic hospitals of the ready study `demo`, until idle."""
+    from client.site.daemon.service import serve as run
+    from simulations.daemon import local
+
+    run(local(home.absolute()))
+
+
 def plan(
     study: Annotated[str, typer.Argument(help="Study file, or a ready study's name.")],
     sites: Annotated[

@@ -11,37 +11,35 @@ from rich.table import Table
 
 from server.report import Report
 
+_OTHERS = ("AUPRC", "precision", "recall", "support")
+
 
 def show(report: Report, out: Path, console: Console) -> None:
     """Metrics per task, ε per hospital and population, sizes, encoders, and where it lies."""
-    exact = report.simulation_exact
-    tasks = Table(title="federation, validation patients", box=SIMPLE, title_justify="left")
-    names = ["task", "AUROC", "95 %", "AUPRC", "precision", "recall", "support"]
-    for name in [*names, *(["exact AUROC", "exact AUPRC"] if exact else [])]:
-        tasks.add_column(name, justify="left" if name == "task" else "right", overflow="fold")
+    tasks = _table("federation, validation patients", "task", "AUROC", "95 %", *_OTHERS)
     for name, task in report.tasks.items():
         interval = task.interval.get("auroc")
-        row = [
+        tasks.add_row(
             name,
             _metric(task.auroc),
             f"{interval[0]:.2f}–{interval[1]:.2f}" if interval else "–",
             *(_metric(value) for value in (task.auprc, task.precision, task.recall)),
             f"{task.support:.0f}",
-        ]
-        if exact:
-            row += [_metric(exact.tasks[name].auroc), _metric(exact.tasks[name].auprc)]
-        tasks.add_row(*row)
+        )
     console.print(tasks)
     if any(t.auroc is None for t in report.tasks.values()):
         console.print("–: the noise, or too few patients, leave nothing to say", style="dim")
-    if exact:
-        console.print(
-            "exact values are shown because this is a simulation; no hospital releases them",
-            style="dim",
-        )
-    sites = Table(title="privacy, per patient", box=SIMPLE, title_justify="left")
-    for name in ("hospital", "ε train", "ε validation", "δ", "steps", ""):
-        sites.add_column(name, justify="left" if name in ("hospital", "") else "right")
+    if report.simulation_exact:
+        exact = _table("exact, in this simulation; no hospital releases it", "task", "AUROC",
+                       *_OTHERS)
+        for name, values in report.simulation_exact.tasks.items():
+            exact.add_row(
+                name,
+                *(_metric(v) for v in (values.auroc, values.auprc, values.precision, values.recall)),
+                str(values.support),
+            )
+        console.print(exact)
+    sites = _table("privacy, per patient", "hospital", "ε train", "ε validation", "δ", "steps", "")
     for site in report.sites:
         spent = site.epsilon_by_population
         sites.add_row(
@@ -67,6 +65,13 @@ def show(report: Report, out: Path, console: Console) -> None:
         console.print(f"{name}: {value}", highlight=False, soft_wrap=True)
     if report.privacy.mode == "none":
         console.print("without differential privacy: the adapter may reveal patients", style="bold")
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, box=SIMPLE, title_justify="left")
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="right" if index and name else "left", no_wrap=True)
+    return table
 
 
 def _metric(value: float | None) -> str:
