@@ -35,7 +35,7 @@ def show(report: Report, out: Path, console: Console) -> None:
         for name, values in report.simulation_exact.tasks.items():
             exact.add_row(
                 name,
-                *(_metric(v) for v in (values.auroc, values.auprc, values.precision, values.recall)),
+                *(_metric(getattr(values, m)) for m in ("auroc", "auprc", "precision", "recall")),
                 str(values.support),
             )
         console.print(exact)
@@ -54,7 +54,7 @@ def show(report: Report, out: Path, console: Console) -> None:
         "rounds": f"{report.rounds}",
         "bytes per round and hospital": f"{report.bytes_up_per_round:,} up",
         "trainable parameters": f"{report.trainable_parameters:,}",
-        "encoders": "; ".join(f"{k}: {_name(v)}" for k, v in report.encoders.items()),
+        "encoders": "".join(f"\n  {k}: {_name(v)}" for k, v in report.encoders.items()),
         "language model": str(report.slm.get("name")),
         "seconds": f"{report.seconds.encode:.1f} preparing, {report.seconds.train:.1f} training, "
         f"{report.seconds.total:.1f} in all",
