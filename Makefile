@@ -16,7 +16,7 @@ install: $(STAMP)  ## create .venv with the locked environment
 $(STAMP): pyproject.toml uv.lock
 	@command -v uv >/dev/null || test -x .venv-uv/bin/uv || \
 		($(PYTHON) -m venv .venv-uv && .venv-uv/bin/pip install --quiet uv)
-	@PATH="$$PATH:$$PWD/.venv-uv/bin" && \
+	@PATH="$$PATH:$$PWD/.venv-uv/bin" && UV_COMPILE_BYTECODE=1 \
 		uv sync --frozen --all-extras --python "$$(command -v $(PYTHON))"
 	@touch $@
 

@@ -11,6 +11,7 @@ to the hospital's own log.
 | study-invalid, study-unapproved, mode-forbidden, privacy-refused | the policy says no |
 | code-mismatch | coordinator and site run different versions |
 | patients-too-few | fewer training patients than declared or than the policy asks for |
+| validation-fraction-fixed | the site's patients are split by another share, for good |
 | not-prepared | send `prepare` first; sent also after a restart of the daemon |
 | adapter-invalid | names, shapes, types or values do not fit the study's model |
 | budget-exhausted | the study's reserve here is spent |

@@ -1,6 +1,7 @@
 """One hosted hospital: its data, its ledger, its keys, and the work done on them.
 
-State folder: `ledger.jsonl`, `site.key` (identity), `population.key` (who trains, who validates),
+State folder: `ledger.jsonl`, `site.key` (identity), `population.key` and `.fraction` (who
+trains, who validates),
 `vault/` (encrypted embeddings), `answers/`, `exact/` (metrics that stay here), `status.json`,
 `daemon.log` (the full story of every refusal; it may name files and rows, and stays here).
 """
@@ -178,6 +179,7 @@ class Hospital:
     # -- inner --------------------------------------------------------------------------------
 
     def _encode(self, study: Study) -> Populations:
+        key = self._population_key(study)
         try:
             if self._shard is None:
                 self._shard = Shard.open(self._shard_path)
@@ -187,7 +189,7 @@ class Hospital:
                 study,
                 self._shard,
                 self._vault,
-                population_key=self._population_key(study),
+                population_key=key,
                 on_progress=self._encoded,
             )
         except Stopped:
@@ -210,9 +212,24 @@ class Hospital:
             )
 
     def _population_key(self, study: Study) -> bytes:
-        """Decides who validates; made once, and then fixed for the site's life: a patient who
-        moved from one population to the other would have spent in both."""
-        path = self.state / "population.key"
+        """Decides who validates. Key and share are set by the first study and then fixed for the
+        site's life: a patient who moved from one population to the other would spend in both.
+
+        Raises:
+            Refusal: `validation-fraction-fixed`.
+        """
+        path, share = self.state / "population.key", self.state / "population.fraction"
+        wanted = study.evaluation.validation_fraction
+        if not share.exists():
+            write_durably(share, repr(wanted).encode(), once=True)
+        pinned = float(share.read_text())
+        if wanted != pinned:
+            raise Refusal(
+                "validation-fraction-fixed",
+                f"site '{self.name}' keeps {pinned:g} of its patients for validation, study "
+                f"'{study.name}' asks for {wanted:g}",
+                cure=f"set evaluation.validation_fraction = {pinned:g} in the study",
+            )
         if not path.exists():
             fresh = os.urandom(32)
             if self.simulated:

@@ -90,8 +90,7 @@ def file_digest(files: Iterable[Path]) -> dict[str, str]:
     return digests
 
 
-def unit_rms(vector: NDArray[Any]) -> Embedding:
-    """The vector scaled to root mean square 1, i.e. L2 norm sqrt(d); zero stays zero."""
-    norm = float(np.linalg.norm(vector))
-    scale = len(vector) ** 0.5 / norm if norm > 0 else 0.0
-    return (vector * scale).astype(np.float32)
+def unit_norm(vector: NDArray[Any]) -> Embedding:
+    """The vector scaled to L2 norm 1 along its last axis; zero stays zero."""
+    norm = np.linalg.norm(vector, axis=-1, keepdims=True)
+    return np.divide(vector, norm, out=np.zeros_like(vector), where=norm > 0).astype(np.float32)

@@ -11,7 +11,7 @@ from PIL import Image
 from scipy.fft import dctn
 
 from client.site.encoders import encoder
-from client.site.encoders.encoder import Embedding, fingerprint, unit_rms
+from client.site.encoders.encoder import Embedding, fingerprint, unit_norm
 from client.site.shard import images, to_grey
 
 _SIDE = 128
@@ -80,7 +80,7 @@ def _describe(grey: NDArray[np.float32]) -> Embedding:
     stretched = np.clip((small - low) / max(high - low, 1e-6), 0, 1)
     levels, _ = np.histogram(small, bins=_LEVELS, range=(0.0, 1.0))
     parts = [_waves(stretched), _edges(stretched), np.sqrt(levels)]
-    return unit_rms(np.concatenate([unit_rms(part) / len(part) ** 0.5 for part in parts]))
+    return unit_norm(np.concatenate([unit_norm(part) for part in parts]))
 
 
 def _waves(image: NDArray[np.float64]) -> NDArray[np.float64]:

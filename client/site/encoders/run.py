@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from client.site.encoders.dataset import Dataset
-from client.site.encoders.encoder import Embedding, RecordEncoder
+from client.site.encoders.encoder import Embedding, RecordEncoder, unit_norm
 from client.site.encoders.inputs import encode_inputs
 from client.site.encoders.registry import build_encoder
 from client.site.encoders.vault import Item, Vault
@@ -59,6 +59,8 @@ def encode_site(
     Only inputs with ``hours <= cutoff_hours`` of their record are ever read. What a shard lacks is
     absent (a source) or unknown (a task): hospitals differ. The result is a function of shard,
     study and `population_key`; the vault's state and the order of an input table change nothing.
+    Tokens of images, texts and precomputed embeddings are scaled to norm 1; those of series and
+    tables are bounded by their encoders.
 
     Args:
         population_key: The site's lasting secret: HMAC-SHA256(key, patient_id), as a fraction,
@@ -81,6 +83,9 @@ def encode_site(
             x_NTd, mask_NT = _encode_records(encoder, shard, vault, report)
         else:
             x_NTd, mask_NT = encode_inputs(name, source, encoder, shard, vault, report)
+        if source.modality in ("image", "text", "embedding"):
+            # Like the series' caps: no source may spend all of a patient's clipped norm.
+            x_NTd = unit_norm(x_NTd)
         inputs[name], present[name] = torch.from_numpy(x_NTd), torch.from_numpy(mask_NT)
         if not mask_NT.any():
             remarks.append(f"source '{name}' is absent in every record")

@@ -11,7 +11,7 @@ from itertools import pairwise
 import numpy as np
 
 from client.site.encoders import encoder
-from client.site.encoders.encoder import Embedding, fingerprint, unit_rms
+from client.site.encoders.encoder import Embedding, fingerprint, unit_norm
 
 _WORD = re.compile(r"[^\W_]+(?:['.][^\W_]+)*")
 
@@ -54,4 +54,4 @@ class HashedText:
             hashed = int.from_bytes(blake2b(term.encode(), digest_size=8).digest(), "big")
             weight = 1.0 + np.log(count)
             vector[(hashed >> 1) % self.dim] += weight if hashed & 1 else -weight
-        return unit_rms(vector)[None]
+        return unit_norm(vector)[None]

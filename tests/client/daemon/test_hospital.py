@@ -42,6 +42,19 @@ def test_the_split_is_random_and_secret_and_lasts(ward_module: Any, tmp_path: Pa
     assert (tmp_path / "sim3/sites/a/population.key").read_bytes() != keys["sim"]
 
 
+def test_another_validation_fraction_would_move_patients_and_is_refused(
+    ward_module: Any, tmp_path: Path, study: Any
+) -> None:
+    world = ward_module.Ward(tmp_path)
+    world.prepared(study)
+    other = study.model_copy(
+        update={"evaluation": study.evaluation.model_copy(update={"validation_fraction": 0.45})}
+    )
+    world.restart()
+    answer, _ = world.ask(world.request("prepare", other))
+    assert answer.refusal == "validation-fraction-fixed"
+
+
 def test_populations_are_disjoint(ward_module: Any, tmp_path: Path, study: Any) -> None:
     world = ward_module.Ward(tmp_path)
     world.prepared(study)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from client.site.model.fusion.uni_mlm import COLLINEAR, designate
 from client.site.model.losses import row_loss
 from client.site.model.slm import load_slm
 from client.site.model.system import adapter_spec, adapter_state, build, load_adapter
@@ -191,6 +192,18 @@ def test_several_tokens_per_source(slm_folder) -> None:
     logits = model(inputs, present).logits_BK
     inputs["note"][0, 2] = 1e4
     assert torch.equal(logits, model(inputs, present).logits_BK)
+
+
+def test_designated_entries_are_not_collinear() -> None:
+    g = torch.Generator().manual_seed(0)
+    collapsed = torch.randn(1, 32, generator=g) + 0.01 * torch.randn(990, 32, generator=g)
+    head = torch.cat([collapsed, torch.randn(10, 32, generator=g)])
+    drawn = designate(head, 6, g)
+    rows = torch.nn.functional.normalize(head[drawn], dim=1)
+    cosines = (rows @ rows.T - torch.eye(6)).abs()
+    assert len(set(drawn)) == 6
+    assert cosines.max() <= COLLINEAR
+    assert len(set(designate(collapsed, 6, g))) == 6  # no such six exist: any distinct ones
 
 
 class TestLoading:

@@ -12,9 +12,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from client.site.model.slm import Slm
 from common.study import Model
+
+COLLINEAR = 0.9
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,10 @@ class UniMlm(nn.Module):
     """Projectors before a frozen SLM.
 
     A token is `base_s + a_s W_s e`: `base_s` is the (frozen) embedding of a vocabulary entry drawn
-    for the source, and W_s starts at zero. It stands for the bias, which would add the same
-    constant to every patient's gradient norm and so spend the clipping norm on nothing. The paper starts from a random W
-    instead; from zero the first gradients are those of a linear model in e, which under clipping
-    and noise is worth more than random features.
+    for the source, and W_s starts at zero. The paper starts from a random W instead; from zero the
+    first gradients are those of a linear model in e, which under clipping and noise is worth more
+    than random features. The base stands for the bias, which would add the same constant to every
+    patient's gradient norm and spend the clipping norm on nothing.
 
     a_s is set so that the Jacobian of the scaled logits to `W_s e` has norm `token_scale` (root
     mean square over tasks) at the start: every source then spends the clipped norm by its
@@ -70,13 +73,11 @@ class UniMlm(nn.Module):
         self.dims = dict(dims)
         tasks = len(prior_logits_K)
         public = torch.Generator().manual_seed(seed)
-        drawn = torch.randperm(slm.vocabulary, generator=public)[: tasks + len(dims)]
-        self.designated, based = drawn[:tasks].tolist(), drawn[tasks:]
-        base_SH = slm.tokens(based)
+        head_VH = slm.causal.get_output_embeddings().weight.detach()
+        self.designated = designate(head_VH, tasks, public)
+        base_SH = slm.tokens(torch.randperm(slm.vocabulary, generator=public)[: len(dims)])
         self.register_buffer("base_SH", base_SH, persistent=False)
-        head = slm.causal.get_output_embeddings().weight.detach()
-        rows = head[drawn[:tasks].to(head.device)].clone()
-        self.register_buffer("head_KH", rows, persistent=False)
+        self.register_buffer("head_KH", head_VH[self.designated].clone(), persistent=False)
         self.softcap = getattr(slm.causal.config, "final_logit_softcapping", None)
         self.projectors = nn.ModuleDict(
             {name: nn.Linear(d, slm.hidden_size, bias=False) for name, d in dims.items()}
@@ -190,6 +191,32 @@ class UniMlm(nn.Module):
         mean_BK = self._mean_logits(torch.cat(tokens, dim=1), torch.cat(masks, dim=1))
         logits_BK = self.config.logit_gain * mean_BK + self.offset_MK[code_B]
         return Prediction(logits_BK, torch.stack(errors).sum(0) if errors else None)
+
+
+def designate(head_VH: Tensor, count: int, generator: torch.Generator) -> list[int]:
+    """Draws `count` vocabulary entries at random whose logits can differ.
+
+    Training pushes the rows of entries that never occur onto one direction (cosine .999 between
+    any two was measured), and tasks designated to such entries could not be told apart. An entry
+    within `COLLINEAR` of one already drawn is therefore drawn again.
+
+    Args:
+        head_VH: Output embedding.
+
+    Returns:
+        Distinct entries; where the head holds fewer directions than that, any distinct ones.
+    """
+    order = torch.randperm(len(head_VH), generator=generator).tolist()
+    chosen: list[int] = []
+    kept = torch.empty(0, head_VH.shape[1])
+    for entry in order:
+        row_1H = functional.normalize(head_VH[entry].float().cpu()[None], dim=-1)
+        if (kept @ row_1H.T).abs().le(COLLINEAR).all():
+            chosen.append(entry)
+            kept = torch.cat([kept, row_1H])
+        if len(chosen) == count:
+            return chosen
+    return chosen + [entry for entry in order if entry not in chosen][: count - len(chosen)]
 
 
 def _attention(mask_BS: Tensor, dtype: torch.dtype) -> Tensor:
