@@ -13,7 +13,7 @@ over the measurement's number and not over time), with these differences, all on
 * A peak is a local maximum not below the series' median (`scipy.signal.find_peaks`,
   ``height=median``; a plateau is one peak).
 * Values are standardised by public clinical constants before; after, each statistic is squashed
-  into a public range within [-1, 1], and the whole vector held to a public norm (`NORM`).
+  into a public range and the whole vector held to a public norm (`NORM`).
   Everything is a function of the one record: no mean or deviation over patients, which under
   differential privacy would be an unpaid release. Zero therefore means typical, for an absent
   series as well; the presence flag tells them apart.
@@ -63,7 +63,9 @@ _LOGARITHMIC = np.array([name in ("sum_of_absolute_differences", "peaks") for na
 _RANGE = np.array([1.0, 0.5, 0.8, 0.8, 0.3, 0.5, 0.5, 0.5, 0.5, 0.5, 0.3])
 PRESENCE = 0.2
 """Value of the presence flag of a series that has an entry."""
-NORM = {"chart": 2.0, "lab": 1.5, "procedure": 0.5, "demographics": 0.7}
+SEX = 0.2
+"""Value of the column of a record's sex, which tells less of risk than age does."""
+NORM = {"chart": 2.0, "lab": 1.5, "procedure": 0.5, "demographics": 0.8}
 """Longest vector per kind. The longest records are otherwise the ones that clipping shortens most,
 and the norm of the other sources with them."""
 
@@ -87,9 +89,9 @@ def statistics(
         series: Canonical names; their order is the order of the columns.
 
     Returns:
-        ``x`` float32 ``[N, 12 S]`` in [-1, 1]: the eleven statistics of the first series, of the
-        second, ..., then the S presence flags (`PRESENCE` or 0), all shortened together where
-        the row is longer than `NORM`. An absent series is all zeros.
+        ``x`` float32 ``[N, 12 S]``, each row at most `NORM` long: the eleven statistics of the
+        first series, of the second, ..., then the S presence flags (0, or `PRESENCE` times the
+        series' weight). An absent series is all zeros.
         ``present`` bool ``[N]``: whether any of the series has an entry. Rows as in `records`.
 
     Raises:
@@ -105,7 +107,8 @@ def statistics(
     seen = np.zeros(n * s, dtype=np.float32)
     seen[groups] = PRESENCE
     presence = seen.reshape(n, s)
-    x = np.concatenate([cells.reshape(n, s * k), presence], axis=1)
+    weight = np.array([spec.weight for spec in chosen], dtype=np.float32)
+    x = np.concatenate([cells.reshape(n, s * k) * np.repeat(weight, k), presence * weight], axis=1)
     return _held(x, NORM[source]), presence.max(axis=1) > 0
 
 
@@ -117,16 +120,16 @@ def demographics(records: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
             unknown).
 
     Returns:
-        ``x`` float32 ``[N, 5]`` in [-1, 1]: tanh of half the standardised age (0 if missing), a
-        flag for a missing age, and sex as one of three; ``present`` bool ``[N]``: always true,
-        since an unknown age or sex has its own column.
+        ``x`` float32 ``[N, 5]``, each row at most `NORM` long: tanh of half the standardised age
+        (0 if missing), a flag for a missing age, and sex as one of three (`SEX`); ``present`` bool
+        ``[N]``: always true, since an unknown age or sex has its own column.
     """
     age = records["age"].cast(pl.Float64).to_numpy()
     missing = ~np.isfinite(age)
     z = (np.where(missing, AGE_CENTRE_YEARS, age) - AGE_CENTRE_YEARS) / AGE_SCALE_YEARS
     sex = records["sex"].cast(pl.String).fill_null("").to_numpy()
     male, female = sex == "M", sex == "F"
-    columns = [np.tanh(z / 2.0), missing, male, female, ~(male | female)]
+    columns = [np.tanh(z / 2.0), missing, SEX * male, SEX * female, SEX * ~(male | female)]
     x = np.stack(columns, axis=1).astype(np.float32)
     return _held(x, NORM["demographics"]), np.ones(records.height, dtype=bool)
 
