@@ -190,6 +190,9 @@ class Privacy(Part):
         max_grad_norm: Clipping norm C of a patient's gradient.
         spare_rounds: Fraction of extra rounds that are priced too, so that a lost round does not
             end the study.
+        batch_slack: Share of C that is charged for kernels in which a patient's result depends on
+            the others in the pass (bfloat16 on a GPU). Sites measure it before they train, and
+            decline where it is more. 0 on a CPU.
         noise_multiplier: sigma / C; None until the study is resolved.
     """
 
@@ -200,6 +203,7 @@ class Privacy(Part):
     records_per_patient: int = Field(default=1, ge=1)
     max_grad_norm: float = Field(default=1.0, gt=0)
     spare_rounds: float = Field(default=0.1, ge=0, le=1)
+    batch_slack: float = Field(default=0.0, ge=0, lt=1)
     noise_multiplier: float | None = Field(default=None, gt=0)
 
 
@@ -300,9 +304,13 @@ class Study(Part):
     # -- identity ---------------------------------------------------------------------------
 
     def canonical(self) -> bytes:
-        """Canonical JSON: sorted keys, no white space, every default written out."""
+        """Canonical JSON: keys in the schema's order, every default written out, no white space.
+
+        Sources, tasks and sites keep the order of the file, which has a meaning: of the tokens, of
+        the designated entries, and of the sum over sites.
+        """
         return json.dumps(
-            self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False
+            self.model_dump(mode="json"), separators=(",", ":"), allow_nan=False
         ).encode()
 
     @property

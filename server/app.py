@@ -52,11 +52,8 @@ class Settings:
         stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
         out = str(config.get("out-dir") or home / "runs" / stamp)
         study = Study.load(str(config.get("study") or "demo"))
-        settled = study if study.resolved else resolve(study)
         return cls(
-            # Sites read the canonical form, whose tasks and sites are sorted; arrays that have an
-            # axis of tasks mean the same here only in that order.
-            study=Study.model_validate_json(settled.canonical()),
+            study=study if study.resolved else resolve(study),
             out=Path(out).expanduser().absolute(),
             run=str(config.get("run-id") or f"{stamp}-{secrets.token_hex(4)}"),
             resume=bool(config.get("resume")),

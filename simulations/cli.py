@@ -35,9 +35,13 @@ def simulate(
     ] = False,
     seed: Annotated[int | None, typer.Option(min=0, help="Of initialisation and cohort.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUT.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier run in OUT, ledgers included.")
+    ] = False,
 ) -> None:
     """Runs a study over virtual hospitals on this machine, and shows what came of it."""
     from common.study import Study
+    from simulations.run import clear
     from simulations.run import simulate as run
     from simulations.summary import show
 
@@ -48,7 +52,11 @@ def simulate(
     chosen = Study.load(study)
     if resume and out is None:
         raise StudyError("--resume needs --out, the folder of the run")
+    if resume and overwrite:
+        raise StudyError("--resume and --overwrite exclude each other")
     folder = out or Path("runs") / f"{chosen.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    if overwrite:
+        clear(folder)
     if synthetic is not None:
         from simulations.cohort.synthetic import write_cohort
 

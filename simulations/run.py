@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -85,6 +86,21 @@ def simulate(
     report = attach_exact(folder, pooled_exact({n: folder / "sites" / n for n in roster}))
     console.print(f"completed in {time.monotonic() - began:.0f} s", highlight=False)
     return report
+
+
+def clear(folder: Path) -> None:
+    """Removes an earlier run.
+
+    Raises:
+        FedwardError: The folder holds something, but no run.
+    """
+    if not folder.exists():
+        return
+    if any(folder.iterdir()) and not (folder / "daemon.toml").exists():
+        raise FedwardError(
+            f"{folder} is not empty, and no run of Fedward", cure="choose another --out"
+        )
+    shutil.rmtree(folder)
 
 
 def find_shards(folder: Path) -> dict[str, Path]:

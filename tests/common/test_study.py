@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from common.errors import FedwardError, StudyError
@@ -33,6 +35,16 @@ patients_declared = 100
 def test_round_trip_keeps_the_hash() -> None:
     for study in (Study.from_toml(TOML), resolve(Study.from_toml(TOML))):
         assert Study.from_toml(study.to_toml()).hash == study.hash
+
+
+def test_canonical_form_reads_back_in_the_same_order() -> None:
+    """Tokens, designated entries and sums over sites follow the order of the file."""
+    text = TOML.replace("[training]", "[tasks.a_later_one]\nprevalence = 0.2\n[training]", 1)
+    study = Study.from_toml(text)
+    again = Study.model_validate(json.loads(study.canonical()))
+    assert list(again.tasks) == list(study.tasks) == ["hospital_mortality", "a_later_one"]
+    assert list(again.federation.sites) == ["north", "south"]
+    assert again.hash == study.hash == Study.from_toml(study.to_toml()).hash
 
 
 def test_every_override_makes_another_study() -> None:

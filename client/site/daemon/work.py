@@ -172,7 +172,10 @@ def plan_of(study: Study, site: str) -> Plan:
         return NonPrivatePlan(**schedule)
     assert privacy.noise_multiplier is not None, "only a resolved study is admitted"
     return DPExecutionPlan(
-        **schedule, max_grad_norm=privacy.max_grad_norm, noise_multiplier=privacy.noise_multiplier
+        **schedule,
+        max_grad_norm=privacy.max_grad_norm,
+        noise_multiplier=privacy.noise_multiplier,
+        batch_slack=privacy.batch_slack,
     )
 
 

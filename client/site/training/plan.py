@@ -152,8 +152,6 @@ class OptimizerConfig:
         momentum: Of SGD.
         betas: Of Adam.
         weight_decay: Decoupled from the gradient (Loshchilov and Hutter 2019).
-        average_last: Fraction of a run's last iterates whose mean becomes the result; 0 keeps the
-            last iterate.
     """
 
     name: Literal["sgd", "adam"] = "adam"
@@ -161,13 +159,11 @@ class OptimizerConfig:
     momentum: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
-    average_last: float = 0.0
 
     def __post_init__(self) -> None:
         if self.name not in ("sgd", "adam"):
             raise PrivacyError(f"optimizer {self.name!r} is unknown", cure="use 'sgd' or 'adam'")
         _check(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
-        _check(0 <= self.average_last <= 1, "average_last", self.average_last, "in [0, 1]")
 
 
 def _check(holds: bool, name: str, value: float, cure: str = "at least 1") -> None:

@@ -81,7 +81,6 @@ class Trainer:
         self._row_loss = row_loss
         self._dataset = dataset
         self._flags = flags or PerformanceFlags()
-        self._average_last = optimizer_config.average_last
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         if not self._parameters:
             raise PrivacyError("the model has no trainable parameter", cure="unfreeze the adapter")
@@ -124,17 +123,10 @@ class Trainer:
                 "the trainable layers are not those that were checked at the start",
                 cure="build a new trainer after changing what is trainable",
             )
-        averaged = math.ceil(steps * self._average_last)
-        means: list[Tensor] = []
         for step in range(1, steps + 1):
             self._step()
             self.steps_total += 1
-            if step > steps - averaged:
-                self._average(means, step - (steps - averaged))
             on_step(step)
-        with torch.no_grad():
-            for parameter, mean in zip(self._parameters, means, strict=False):
-                parameter.copy_(mean)
         counted = getattr(self._optimizer, "steps_counted", self.steps_total)
         if counted != self.steps_total:
             raise PrivacyError(
@@ -186,13 +178,6 @@ class Trainer:
                 cure="return one loss per row; averaging over rows is the trainer's",
             )
         return (losses * weights.to(losses.dtype)).sum()
-
-    def _average(self, means: list[Tensor], count: int) -> None:
-        if not means:
-            means.extend(p.detach().clone() for p in self._parameters)
-            return
-        for mean, parameter in zip(means, self._parameters, strict=True):
-            mean.lerp_(parameter.detach(), 1 / count)
 
     def _prove(self, plan: DPExecutionPlan, clipper: PatientClipper) -> None:
         """The plan's two slacks against this model, this site and these kernels."""

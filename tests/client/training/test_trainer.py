@@ -83,21 +83,6 @@ def test_private_training_learns_and_approaches_plain_as_noise_and_clipping_vani
     assert torch.allclose(flat(model), flat(plain), atol=1e-4)
 
 
-@pytest.mark.parametrize("private", [False, True])
-def test_last_iterates_are_averaged(data, model, private):
-    plan = (
-        DPExecutionPlan(0.5, 1, 40, 30, max_grad_norm=0.5, noise_multiplier=1.0)
-        if private
-        else PLAIN
-    )
-    iterates = []
-    config = OptimizerConfig("adam", 0.05, average_last=0.5)
-    Trainer(model, loss, data, plan, config, Entropy()).run(
-        7, lambda step: iterates.append(flat(model))
-    )
-    assert torch.allclose(flat(model), torch.stack(iterates[-4:]).mean(0), atol=1e-6)
-
-
 def test_callback_sees_the_step_number_only_and_steps_are_counted(data, model):
     seen = []
     plan = DPExecutionPlan(0.5, 1, 5, 30, max_grad_norm=0.5, noise_multiplier=1.0)
