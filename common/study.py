@@ -116,7 +116,7 @@ class Lora(Part):
     """Low-rank adapters on the SLM's own blocks (Hu et al. 2021), through peft."""
 
     rank: int = Field(ge=1)
-    alpha: float = Field(default=16, gt=0)
+    alpha: int = Field(default=16, ge=1)
     targets: tuple[str, ...] = ("q_proj", "v_proj")
 
 
@@ -169,11 +169,14 @@ class Training(Part):
     """Local optimisation at a site; all of it public.
 
     Attributes:
+        scale_by_noise: Divide the learning rate by the noise multiplier, so that one recipe serves
+            every epsilon: half the noise, double the step.
         steps_per_round: DP-SGD steps between two exchanges.
     """
 
     optimizer: Literal["sgd", "adam"] = "adam"
     learning_rate: float = Field(default=5e-4, gt=0)
+    scale_by_noise: bool = False
     momentum: float = Field(default=0.0, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
     steps_per_round: int = Field(default=20, ge=1)

@@ -38,9 +38,7 @@ def answers(path: Path) -> bool:
         return True
 
 
-def local_socket(
-    command: Sequence[str] | None = None, *, seconds: float = STARTUP_SECONDS
-) -> Path:
+def local_socket(command: Sequence[str] | None = None, *, seconds: float = STARTUP_SECONDS) -> Path:
     """Socket of the running local daemon, started when there is none.
 
     Args:
@@ -65,8 +63,12 @@ def local_socket(
         with log.open("wb") as output:
             child = subprocess.Popen(
                 command or [sys.executable, "-m", "simulations.daemon", "--home", str(base)],
-                cwd=base, env=environment, stdin=subprocess.DEVNULL,
-                stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                cwd=base,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:

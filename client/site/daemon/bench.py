@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
+from client.site.model.fusion.base import RiskModel
 from client.site.model.slm import default_device
 from client.site.model.system import adapter_spec, adapter_state, build, load_adapter
 from common.errors import ModelError, Refusal
@@ -33,7 +33,7 @@ class Resident:
         spec: See `client.site.model.system.adapter_spec`.
     """
 
-    model: nn.Module
+    model: RiskModel
     initial: Arrays
     spec: dict[str, Any]
 

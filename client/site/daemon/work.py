@@ -181,9 +181,10 @@ def plan_of(study: Study, site: str) -> Plan:
 
 def _optimizer(study: Study) -> OptimizerConfig:
     training = study.training
+    noise = (study.privacy.noise_multiplier or 1.0) if training.scale_by_noise else 1.0
     return OptimizerConfig(
         name=training.optimizer,
-        learning_rate=training.learning_rate,
+        learning_rate=training.learning_rate / noise,
         momentum=training.momentum,
         weight_decay=training.weight_decay,
     )

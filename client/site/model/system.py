@@ -11,15 +11,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from client.site.model.fusion.base import RiskModel
 from client.site.model.fusion.uni_mlm import UniMlm
 from client.site.model.slm import Slm, load_slm
 from common.errors import ModelError
 from common.study import Study
 
-Builder = Callable[[Slm, Study, Mapping[str, int]], nn.Module]
+Builder = Callable[[Slm, Study, Mapping[str, int]], RiskModel]
 
 
-def _uni_mlm(slm: Slm, study: Study, dims: Mapping[str, int]) -> nn.Module:
+def _uni_mlm(slm: Slm, study: Study, dims: Mapping[str, int]) -> RiskModel:
     return UniMlm(slm, study.model, dims, _prior_logits(study), seed=study.seed)
 
 
@@ -29,7 +30,7 @@ SYSTEMS: Mapping[str, Builder] = {"uni-mlm": _uni_mlm}
 
 def build(
     study: Study, dims: Mapping[str, int], *, device: torch.device | None = None
-) -> nn.Module:
+) -> RiskModel:
     """The model of a study, with the adapter that the study's seed gives.
 
     Args:
@@ -42,9 +43,7 @@ def build(
         ModelError: The SLM cannot be loaded.
     """
     slm = load_slm(study.model, device=device)
-    model = SYSTEMS[study.model.system](slm, study, {name: dims[name] for name in study.sources})
-    model.slm_description = slm.describe()
-    return model
+    return SYSTEMS[study.model.system](slm, study, {name: dims[name] for name in study.sources})
 
 
 def adapter_state(model: nn.Module) -> dict[str, NDArray[np.float32]]:
@@ -80,10 +79,10 @@ def load_adapter(model: nn.Module, arrays: Mapping[str, NDArray[Any]]) -> None:
             parameter.copy_(torch.from_numpy(np.ascontiguousarray(arrays[name])))
 
 
-def adapter_spec(model: nn.Module) -> dict[str, Any]:
+def adapter_spec(model: RiskModel) -> dict[str, Any]:
     """What coordinator, report and publication need to know of the adapter."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    lora = getattr(model.slm, "peft_config", None)
+    lora: Any = getattr(model.slm, "peft_config", None)
     return {
         "trainable_parameters": sum(p.numel() for p in trainable),
         "bytes": sum(4 * p.numel() for p in trainable),

@@ -35,7 +35,7 @@ class Keystream:
 
     def _integers(self, count: int) -> Tensor:
         """[count] int64, uniform on [-2^52, 2^52); a view that the next draw overwrites."""
-        self._cipher.update_into(memoryview(self._zeros)[: 8 * count], self._bytes)
+        self._cipher.update_into(memoryview(self._zeros)[: 8 * count], self._bytes)  # type: ignore[arg-type]
         words = torch.from_numpy(self._bytes[: 8 * count].view(np.int64))
         return words.bitwise_right_shift_(11)
 

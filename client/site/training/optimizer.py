@@ -76,7 +76,7 @@ class NoisedSumOptimizer(DPOptimizerFastGradientClipping):
         would be a second release of it."""
         self._clipper.begin()
         for p, clipped_sum in self._clipper.sums.items():
-            p.summed_grad = clipped_sum
+            p.summed_grad = clipped_sum  # type: ignore[attr-defined]
             vars(clipped_sum).pop("_processed", None)
 
     def accumulate(self) -> None:

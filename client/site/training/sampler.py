@@ -83,7 +83,7 @@ class PatientSampler:
         drawn = np.flatnonzero(self._entropy.patients.uniforms(len(self._rows)) <= self._rate)
         chosen = []
         for patient in drawn:
-            rows = self._rows[patient]
+            rows = self._rows[int(patient)]
             if len(rows) > self._most:
                 keys = self._entropy.records.uniforms(len(rows))
                 rows = rows[np.argsort(keys)[: self._most]]

@@ -8,32 +8,20 @@ averaged over the tokens that are present.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from client.site.model.fusion.base import Prediction, RiskModel
 from client.site.model.slm import Slm
 from common.study import Model
 
 COLLINEAR = 0.9
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """What a model says of a batch of B records.
-
-    Attributes:
-        logits_BK: One logit per task, float32.
-        reconstruction_B: Sum over present sources of ||e - e_hat||_2, or None without decoders.
-    """
-
-    logits_BK: Tensor
-    reconstruction_B: Tensor | None = None
-
-
-class UniMlm(nn.Module):
+class UniMlm(RiskModel):
     """Projectors before a frozen SLM.
 
     A token is `base_s + a_s W_s e`: `base_s` is the (frozen) embedding of a vocabulary entry drawn
@@ -59,6 +47,11 @@ class UniMlm(nn.Module):
         seed: Draws designated entries and base tokens; part of the study.
     """
 
+    base_SH: Tensor
+    head_KH: Tensor
+    scale_S: Tensor
+    offset_MK: Tensor
+
     def __init__(
         self,
         slm: Slm,
@@ -71,6 +64,7 @@ class UniMlm(nn.Module):
         super().__init__()
         self.config = config
         self.dims = dict(dims)
+        self.slm_description = slm.describe()
         tasks = len(prior_logits_K)
         public = torch.Generator().manual_seed(seed)
         head_VH = slm.causal.get_output_embeddings().weight.detach()
@@ -79,21 +73,16 @@ class UniMlm(nn.Module):
         self.register_buffer("base_SH", base_SH, persistent=False)
         self.register_buffer("head_KH", head_VH[self.designated].clone(), persistent=False)
         self.softcap = getattr(slm.causal.config, "final_logit_softcapping", None)
-        self.projectors = nn.ModuleDict(
-            {name: nn.Linear(d, slm.hidden_size, bias=False) for name, d in dims.items()}
-        )
-        self.decoders = nn.ModuleDict(
-            {name: nn.Linear(slm.hidden_size, d) for name, d in dims.items()}
-            if config.decoder
-            else {}
-        )
-        for projector in self.projectors.values():
+        projectors = {n: nn.Linear(d, slm.hidden_size, bias=False) for n, d in dims.items()}
+        decoders = {n: nn.Linear(slm.hidden_size, d) for n, d in dims.items()}
+        for projector in projectors.values():
             nn.init.zeros_(projector.weight)
-        for decoder in self.decoders.values():
+        for decoder in decoders.values():
             bound = decoder.in_features**-0.5
-            with torch.no_grad():
-                decoder.weight.uniform_(-bound, bound, generator=public)
+            nn.init.uniform_(decoder.weight, -bound, bound, generator=public)
             nn.init.zeros_(decoder.bias)
+        self.projectors = nn.ModuleDict(projectors)
+        self.decoders = nn.ModuleDict(decoders if config.decoder else {})
         self.slm = self._with_lora(slm, config, seed)
         self.to(base_SH.device)
         self.register_buffer("scale_S", self._calibrated_scales(), persistent=False)
@@ -126,8 +115,9 @@ class UniMlm(nn.Module):
     @property
     def _decoder_stack(self) -> nn.Module:
         """The SLM's blocks, without its head."""
-        causal = self.slm.get_base_model() if self.config.lora else self.slm
-        return causal.get_decoder() if hasattr(causal, "get_decoder") else causal.model
+        slm: Any = self.slm
+        stack: nn.Module = (slm.get_base_model() if self.config.lora else slm).get_decoder()
+        return stack
 
     def _calibrated_scales(self) -> Tensor:
         """a_s of the class's text, `[S]`: a function of SLM and study alone."""
