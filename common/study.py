@@ -127,7 +127,8 @@ class Model(Part):
         system: `uni-mlm`: joint projectors before a frozen SLM (Björkdahl et al. 2024).
         slm: `nano` (embedded), a Hugging Face id (with `revision`), or a folder.
         loss: `avg` class-averaged weighted cross-entropy (eq. 2) or `asl` asymmetric (eq. 3).
-        class_weights: Weigh classes by public prevalence (eq. 2); without, plain cross-entropy.
+        class_weights: Weigh classes by public prevalence (eq. 2); without, the public prior is
+            added to the logit in the loss, which is better under clipping.
         decoder: Also train one-layer decoders with the reconstruction loss (eq. 5). Under privacy
             it spends the clipped norm on the wrong goal; off by default.
         beta: Weight of the classification loss beside the reconstruction (eq. 5).

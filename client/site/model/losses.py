@@ -20,20 +20,25 @@ UNKNOWN = -1
 def class_averaged(
     logits_BK: Tensor, labels_BK: Tensor, prevalence_K: Tensor, *, weighted: bool = True
 ) -> Tensor:
-    """Class-averaged weighted cross-entropy, equations (2) and (4) -> `[B]`.
+    """Class-averaged cross-entropy -> `[B]`; its best threshold is logit 0 for balanced classes.
 
-    The paper's w = n / (2K #{y_k = c}) becomes 1 / (2K p_c) with the *public* prevalence p: counts
-    of the site would leak (and the paper prints the count of class 1 for both classes).
+    Weighted: equations (2) and (4). The paper's w = n / (2K #{y_k = c}) becomes 1 / (2K p_c) with
+    the *public* prevalence p: counts of the site would leak (and the paper prints the count of
+    class 1 for both classes).
+
+    Not weighted: the prior is added to the logit instead (Menon et al. 2021, logit adjustment),
+    which balances the classes without making single gradients large, and so spends less of the
+    clipping norm on the rare class.
 
     Args:
         labels_BK: 1 true, 0 false, -1 unknown (contributes nothing).
-        weighted: Without, every class weighs 1/K.
     """
     tasks = logits_BK.shape[1]
     if weighted:
         positive, negative = 0.5 / prevalence_K, 0.5 / (1 - prevalence_K)
     else:
         positive = negative = torch.ones_like(prevalence_K)
+        logits_BK = logits_BK + torch.logit(prevalence_K)
     plus = positive * F.logsigmoid(logits_BK)
     minus = negative * F.logsigmoid(-logits_BK)
     return -_masked_sum(plus, minus, labels_BK) / tasks

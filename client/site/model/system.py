@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from client.site.model.fusion.base import RiskModel
 from client.site.model.fusion.uni_mlm import UniMlm
@@ -21,7 +20,7 @@ Builder = Callable[[Slm, Study, Mapping[str, int]], RiskModel]
 
 
 def _uni_mlm(slm: Slm, study: Study, dims: Mapping[str, int]) -> RiskModel:
-    return UniMlm(slm, study.model, dims, _prior_logits(study), seed=study.seed)
+    return UniMlm(slm, study.model, dims, len(study.tasks), seed=study.seed)
 
 
 SYSTEMS: Mapping[str, Builder] = {"uni-mlm": _uni_mlm}
@@ -104,14 +103,3 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, str | int | float | bool):
         return value
     return str(value)
-
-
-def _prior_logits(study: Study) -> Tensor:
-    """Where an untrained model starts: the public prevalence, or 0 where classes are balanced."""
-    balanced = study.model.loss == "avg" and study.model.class_weights
-    return torch.tensor(
-        [
-            0.0 if balanced else math.log(t.prevalence / (1 - t.prevalence))
-            for t in study.tasks.values()
-        ]
-    )

@@ -57,6 +57,16 @@ def test_class_averaged_is_equation_2(batch) -> None:
     torch.testing.assert_close(ours, torch.tensor(expected, dtype=torch.float64))
 
 
+def test_without_weights_the_prior_is_added_to_the_logit(batch) -> None:
+    logits, labels, prevalence = batch
+    ours = class_averaged(logits, labels, prevalence, weighted=False)
+    shifted = logits + torch.log(prevalence / (1 - prevalence))
+    plain = torch.nn.functional.binary_cross_entropy_with_logits(
+        shifted, labels.clamp(min=0).double(), reduction="none"
+    )
+    torch.testing.assert_close(ours, torch.where(labels >= 0, plain, 0.0).mean(1))
+
+
 def test_asymmetric_is_equation_3(batch) -> None:
     logits, labels, _ = batch
     ours = asymmetric(logits, labels, margin=0.05, gamma=4.0)

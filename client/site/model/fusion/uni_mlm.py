@@ -36,28 +36,28 @@ class UniMlm(RiskModel):
     for the same logit, and the closer the SLM stays to its linear response.
 
     What the base tokens alone would say, for the same set of present sources, is subtracted
-    (Zhao et al. 2021 call it contextual calibration): an untrained model predicts
-    `prior_logits_K` for every record, and a missing source does not shift it. Absent tokens are
+    (Zhao et al. 2021 call it contextual calibration): an untrained model says 0 of every record,
+    and a missing source does not shift it. Absent tokens are
     attended by nobody, and their own output is left out of the average: they add no gradient and
     dilute nothing.
 
     Args:
         dims: Width d_s of each source's embedding, in token order.
-        prior_logits_K: Logits to start from (public).
+        tasks: Number K of designated entries.
         seed: Draws designated entries and base tokens; part of the study.
     """
 
     base_SH: Tensor
     head_KH: Tensor
     scale_S: Tensor
-    offset_MK: Tensor
+    base_MK: Tensor
 
     def __init__(
         self,
         slm: Slm,
         config: Model,
         dims: Mapping[str, int],
-        prior_logits_K: Tensor,
+        tasks: int,
         *,
         seed: int,
     ) -> None:
@@ -65,7 +65,6 @@ class UniMlm(RiskModel):
         self.config = config
         self.dims = dict(dims)
         self.slm_description = slm.describe()
-        tasks = len(prior_logits_K)
         public = torch.Generator().manual_seed(seed)
         head_VH = slm.causal.get_output_embeddings().weight.detach()
         self.designated = designate(head_VH, tasks, public)
@@ -86,9 +85,7 @@ class UniMlm(RiskModel):
         self.slm = self._with_lora(slm, config, seed)
         self.to(base_SH.device)
         self.register_buffer("scale_S", self._calibrated_scales(), persistent=False)
-        base_MK = self._base_logits()
-        prior_K = prior_logits_K.to(base_MK.device)
-        self.register_buffer("offset_MK", prior_K - config.logit_gain * base_MK, persistent=False)
+        self.register_buffer("base_MK", self._base_logits(), persistent=False)
 
     @staticmethod
     def _with_lora(slm: Slm, config: Model, seed: int) -> nn.Module:
@@ -179,7 +176,7 @@ class UniMlm(RiskModel):
                 gap_BTd = torch.where(kept, e_BTd - self.decoders[name](code_BTH), 0.0)
                 errors.append((gap_BTd.square().sum((1, 2)) + 1e-12).sqrt())
         mean_BK = self._mean_logits(torch.cat(tokens, dim=1), torch.cat(masks, dim=1))
-        logits_BK = self.config.logit_gain * mean_BK + self.offset_MK[code_B]
+        logits_BK = self.config.logit_gain * (mean_BK - self.base_MK[code_B])
         return Prediction(logits_BK, torch.stack(errors).sum(0) if errors else None)
 
 
