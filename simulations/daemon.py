@@ -38,7 +38,11 @@ def daemon_config(
         coordinator: Its public key, hex.
     """
     policy = Policy(
-        coordinators=(coordinator,), approved=("*",), allow_no_privacy=True, runs=_RUNS
+        coordinators=(coordinator,),
+        approved=("*",),
+        allow_no_privacy=True,
+        allow_batch_slack=True,
+        runs=_RUNS,
     )
     return DaemonConfig(
         socket=socket,

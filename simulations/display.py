@@ -89,7 +89,7 @@ class Display:
 
 def _progress(site: Mapping[str, Any]) -> str:
     if site.get("phase") == "encoding" and site.get("total"):
-        return f"{site.get('done', 0)}/{site['total']} inputs"
+        return f"{100 * site.get('done', 0) // site['total']} %"
     if site.get("phase") == "training" and site.get("steps"):
         return f"step {site.get('step', 0)}/{site['steps']}"
     return ""

@@ -34,7 +34,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from common.errors import PrivacyError, Refusal
 from common.messages import Request
-from common.privacy.events import Population, ReleaseEvent
+from common.privacy.events import Population, ReleaseEvent, Unprotected
 from common.privacy.pricing import epsilon_by_population
 from common.study import Study
 
@@ -313,6 +313,10 @@ class Ledger:
             for charge in charges
             if population in (None, charge.event.population)
         )
+
+    def unprotected(self) -> set[Population]:
+        """Populations of which anything was ever released without privacy."""
+        return {e.population for e in self.events() if isinstance(e, Unprotected)}
 
     def epsilon(self, delta: float, study_hash: str | None = None) -> dict[str, float]:
         """Epsilon at `delta` by population; infinity after an unprotected release.

@@ -303,7 +303,7 @@ def test_answers_that_are_no_release_say_nothing_of_the_patients(
     for seed in (0, 7):
         folder = tmp_path / str(seed)
         ward.make_shard(folder / "shards" / "a", "a", seed)
-        world = ward.Ward(folder, simulated=False)
+        world = ward.Ward(folder, simulated=False, approved=(study.hash,))
         prepare, _ = world.ask(world.request("prepare", study))
         initialise, initial = world.ask(world.request("initialise", study))
         body = {k: v for k, v in prepare.body.items() if k != "public_key"}

@@ -53,7 +53,7 @@ def status(
                 cure="start one with `fedward site serve CONFIG`",
             ) from None
     table = Table(box=SIMPLE)
-    for name in ("site", "phase", "study", "inputs", "round", "step", "ε so far", "last refusal"):
+    for name in ("site", "phase", "study", "encoded", "round", "step", "ε so far", "last refusal"):
         table.add_column(name)
     for site in sites:
         spent = site["epsilon"].items()
@@ -61,7 +61,7 @@ def status(
             site["site"],
             site["phase"],
             site["study"],
-            f"{site['done']}/{site['total']}",
+            f"{site['done']} %",
             str(site["round"]),
             f"{site['step']}/{site['steps']}",
             ", ".join(f"{name} {'∞' if e is None else f'{e:.2f}'}" for name, e in spent),

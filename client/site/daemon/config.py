@@ -35,9 +35,13 @@ class Policy(_Part):
 
     Attributes:
         coordinators: Public keys whose requests are heard, hex.
-        approved: Hashes of the studies that may run, or `*` for any study of these coordinators.
+        approved: Hashes of the studies that may run. `*` is for virtual hospitals: every study has
+            a budget of its own, and refusals for too few patients would tell how many there are.
         allow_no_privacy: Lets studies of mode `none` run: their releases have no privacy at all,
             and the ledger prices the patients at infinity for ever.
+        allow_batch_slack: Lets studies run on kernels that round a patient by the others in the
+            pass (`privacy.batch_slack` above 0). What that adds to the sensitivity is measured, and
+            a coordinator who makes adapters for it can exceed the measure.
         min_patients: Training patients without whom no study runs, whatever it declares.
         runs: How often one study may spend its reserve. Two runs cost twice.
     """
@@ -45,6 +49,7 @@ class Policy(_Part):
     coordinators: tuple[PublicKey, ...] = ()
     approved: tuple[Approval, ...] = ()
     allow_no_privacy: bool = False
+    allow_batch_slack: bool = False
     min_patients: int = Field(default=1, ge=1)
     runs: int = Field(default=1, ge=1)
 
@@ -92,6 +97,12 @@ class DaemonConfig(_Part):
             doubled = sorted({str(v) for v in values if values.count(v) > 1})
             if doubled:
                 raise ValueError(f"two sites have the {what} '{doubled[0]}'")
+        for site in self.sites:
+            if "*" in site.policy.approved and not self.simulated:
+                raise ValueError(
+                    f"site '{site.name}' approves every study ('*'), which puts no end to what its "
+                    "patients spend: list the hashes of the studies that may run"
+                )
         if len(str(self.socket).encode()) > _SOCKET_BYTES:
             raise ValueError(
                 f"the socket's path is longer than {_SOCKET_BYTES} bytes, which Unix does not "

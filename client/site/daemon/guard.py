@@ -194,6 +194,13 @@ class Guard:
                     cure="policy.allow_no_privacy = true lets everything about the patients leave",
                 )
             return
+        if study.privacy.batch_slack and not policy.allow_batch_slack:
+            raise Refusal(
+                "privacy-refused",
+                f"study '{study.name}' charges for kernels that mix patients by a measure, not a "
+                f"proof, which site '{name}' does not allow",
+                cure="privacy.batch_slack = 0: where kernels mix, patients then train one per pass",
+            )
         promised = {
             "train": study.privacy.epsilon,
             "validation": study.evaluation.epsilon or study.privacy.epsilon,

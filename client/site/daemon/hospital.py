@@ -52,7 +52,7 @@ class Status:
     """What the operator's display shows; public and ledger state only.
 
     Attributes:
-        done, total: Inputs while encoding.
+        done, total: Percent of a source while encoding.
         step, steps: Of the round while training.
         epsilon: By population, at the study's delta; None for infinity.
     """
@@ -172,8 +172,11 @@ class Hospital:
             self.answers.forget(charge.request_digest)
 
     def epsilon(self, study: Study) -> dict[str, float | None]:
-        """Price of what was released for the study so far, at its delta; None is infinity."""
+        """Price of what was released for the study so far, at its delta; None is infinity, also
+        where another study released the same patients without privacy."""
         spent = self.ledger.epsilon(study.privacy.delta, study.hash)
+        for population in self.ledger.unprotected():
+            spent[population] = math.inf  # whatever the study: nothing takes it back
         return {name: e if math.isfinite(e) else None for name, e in spent.items()}
 
     # -- inner --------------------------------------------------------------------------------
@@ -220,6 +223,12 @@ class Hospital:
         """
         path, share = self.state / "population.key", self.state / "population.fraction"
         wanted = study.evaluation.validation_fraction
+        if self.ledger.events() and not (path.exists() and share.exists()):
+            raise PrivacyError(
+                f"population.key or population.fraction of site '{self.name}' is gone from "
+                f"{self.state}: a new split would let patients spend in both populations",
+                cure="restore both from the backup",
+            )
         if not share.exists():
             write_durably(share, repr(wanted).encode(), once=True)
         pinned = float(share.read_text())
@@ -239,7 +248,10 @@ class Hospital:
         return path.read_bytes()
 
     def _encoded(self, progress: EncodeProgress) -> None:
-        self.status.done, self.status.total = progress.done, progress.total
+        # In percent: the relay, too, may ask for the status, and how many inputs a real hospital
+        # holds is not public.
+        self.status.done = 100 * progress.done // max(progress.total, 1)
+        self.status.total = 100
         self.check_stopping()
 
     def check_stopping(self) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from client.site.daemon.bench import Resident
 from client.site.daemon.hospital import Hospital, Prepared
@@ -22,6 +23,7 @@ from client.site.evaluation.exact import write_exact
 from client.site.evaluation.histograms import release, score_histograms
 from client.site.model.losses import row_loss
 from client.site.training.entropy import Entropy
+from client.site.training.invariance import BatchDependent, scores_stand_alone
 from client.site.training.plan import (
     DPExecutionPlan,
     NonPrivatePlan,
@@ -34,7 +36,7 @@ from common.errors import PrivacyError
 from common.messages import Arrays, Request
 from common.study import Study
 
-_SCORED_ROWS = 64  # records per pass of an evaluation
+_SCORED_ROWS = 64  # records per pass of an evaluation, where they do not affect each other
 
 
 class Work(Protocol):
@@ -78,15 +80,23 @@ class TrainingRound:
         self._round, self._steps = round_, study.training.steps_per_round
         # About one pass per step; a function of the study alone.
         patients = 2 ** round(math.log2(max(plan.denominator, 1.0)))
-        self._trainer = Trainer(
-            resident.model,
-            row_loss(study),
-            prepared.populations.train,
-            plan,
-            _optimizer(study),
-            _entropy(study, hospital.name, "train", round_),
-            PerformanceFlags(micro_batch=min(32, max(4, patients))),
-        )
+
+        def trainer(micro_batch: int) -> Trainer:
+            return Trainer(
+                resident.model,
+                row_loss(study),
+                prepared.populations.train,
+                plan,
+                _optimizer(study),
+                _entropy(study, hospital.name, "train", round_),
+                PerformanceFlags(micro_batch=micro_batch),
+            )
+
+        try:
+            self._trainer = trainer(min(32, max(4, patients)))
+        except BatchDependent as error:  # alone in its pass, a patient has no neighbours
+            hospital.log.info("one patient per pass: %s", error)
+            self._trainer = trainer(1)
 
     def run(self) -> tuple[dict[str, Any], Arrays]:
         hospital = self._hospital
@@ -104,13 +114,21 @@ class TrainingRound:
 
 
 class Evaluation:
-    """Score histograms of the validation patients; the exact metrics stay in the state folder."""
+    """Score histograms of the validation patients; the exact metrics stay in the state folder.
+
+    Where the scores of a pass hang on its other records, passes of one record each have none.
+    """
 
     def __init__(
         self, hospital: Hospital, prepared: Prepared, resident: Resident, number: int
     ) -> None:
         self._hospital, self._prepared = hospital, prepared
         self._resident, self._number = resident, number
+        device = hospital.bench.device
+        alone = scores_stand_alone(
+            resident.model, prepared.populations.validation, _SCORED_ROWS, device, self._logits
+        )
+        self._rows = _SCORED_ROWS if alone else 1
 
     def run(self) -> tuple[dict[str, Any], Arrays]:
         hospital, study = self._hospital, self._prepared.study
@@ -129,14 +147,17 @@ class Evaluation:
         )
         noise = None if study.privacy.mode == "none" else settings.noise_multiplier
         released = release(histograms, noise, entropy)
-        write_exact(
-            hospital.state / "exact",
-            self._number,
-            logits,
-            labels,
-            data.rows_of_patient,
-            list(study.tasks),
-        )
+        try:
+            write_exact(
+                hospital.state / "exact",
+                self._number,
+                logits,
+                labels,
+                data.rows_of_patient,
+                list(study.tasks),
+            )
+        except Exception as error:  # their own affair: whether they exist must not show outside
+            hospital.log.error("no exact metrics of release %d", self._number, exc_info=error)
         return {"release": self._number}, {"histograms": released}
 
     def close(self) -> None:
@@ -148,15 +169,18 @@ class Evaluation:
         score does not hang on how many records there are."""
         device = self._hospital.bench.device
         scores = [np.zeros((0, data.labels.shape[1]), dtype=np.float32)]
-        for start in range(0, data.n_records, _SCORED_ROWS):
-            rows = torch.arange(start, start + _SCORED_ROWS).clamp(max=data.n_records - 1)
-            prediction = self._resident.model(
+        for start in range(0, data.n_records, self._rows):
+            rows = torch.arange(start, start + self._rows).clamp(max=data.n_records - 1)
+            logits = self._logits(
                 {source: x[rows].to(device) for source, x in data.inputs.items()},
                 {source: m[rows].to(device) for source, m in data.present.items()},
             )
-            scores.append(prediction.logits_BK.float().cpu().numpy())
+            scores.append(logits.cpu().numpy())
             self._hospital.check_stopping()
         return np.concatenate(scores)[: data.n_records]
+
+    def _logits(self, inputs: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
+        return self._resident.model(inputs, present).logits_BK.float()
 
 
 def plan_of(study: Study, site: str) -> Plan:

@@ -85,7 +85,10 @@ def score_histograms(
 
     scores_NK = logits[rows].astype(np.float64)
     seen_NK = ~np.isnan(scores_NK)
-    position_NK = np.where(seen_NK, (scores_NK + logit_range) * (bins / (2 * logit_range)), 0.0)
+    # Clipped before anything is computed: no score and no range may overflow into an error, which
+    # would tell of the patient who caused it.
+    inside_NK = np.clip(np.where(seen_NK, scores_NK, 0.0), -logit_range, logit_range)
+    position_NK = (inside_NK / logit_range + 1.0) * (bins / 2)
     bin_NK = np.clip(np.floor(position_NK), 0, bins - 1).astype(np.int64)
     class_NK = labels[rows].astype(np.int64)
     known_NK = (class_NK == 0) | (class_NK == 1)

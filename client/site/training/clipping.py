@@ -132,7 +132,7 @@ class PatientClipper:
     def rounding_slack(self, patients: int, micro_batch: int) -> float:
         """The slack of the claim, in units of C, for a site of `patients` patients.
 
-        Valid once one micro-batch was added: it tells how many tokens there are.
+        Valid once the factors of one micro-batch were computed: it tells how many tokens there are.
         """
         additions = micro_batch * self.tokens_per_patient + patients // micro_batch + 8
         return 2 * additions * _UNIT / (1 - additions * _UNIT) * patients / _KAPPA

@@ -17,6 +17,7 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
+_RARE = 2.0**32  # in units of 2^-53: uniforms of 2^-21 and less
 _PAIRS = 1 << 15  # Gaussian pairs made at a time: every buffer stays in the cache
 
 
@@ -52,16 +53,21 @@ class Keystream:
     def add_gaussians_(self, out: Tensor, std: float) -> None:
         """Add independent N(0, std²) to every element of `out`, a contiguous float64 tensor.
 
-        Box-Muller in float64 from 53-bit uniforms: both outputs used, tails cut at 8.6 std, which
-        one draw in 10^17 would pass (32-bit uniforms would cut at 6.7 std, one in 5·10^10).
+        Box-Muller in float64, both outputs used. Uniforms near 0 make the tail, where 53 bits give
+        few radii: beyond 7 std they lie further apart than the grid to which a released sum is
+        rounded, and a sum off every ring would betray itself (once in 10^11 draws, too often for
+        delta). Those below 2^-21 therefore get 53 bits more: the tail ends at 12.1 std.
         """
         flat = out.view(-1)
         for start in range(0, flat.numel(), 2 * _PAIRS):
             some = flat[start : start + 2 * _PAIRS]
             pairs = (some.numel() + 1) // 2
             words = self._integers(2 * pairs).to(torch.float64)
-            radius = words[:pairs].add_(2.0**52 + 1).mul_(2.0**-53)
-            radius.log_().mul_(-2.0 * std * std).sqrt_()
+            radius = words[:pairs].add_(2.0**52 + 1)
+            if radius.min() <= _RARE:
+                low = (radius <= _RARE).nonzero()[:, 0]
+                radius[low] += torch.from_numpy(self.uniforms(len(low))) - 1
+            radius.mul_(2.0**-53).log_().mul_(-2.0).sqrt_().mul_(std)
             angle = words[pairs:].mul_(math.pi * 2.0**-52)
             sine = angle.sin().mul_(radius)
             cosine = angle.cos_().mul_(radius)

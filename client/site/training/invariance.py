@@ -4,8 +4,11 @@ Clipping bounds what a patient adds; it does not bound what the patient's presen
 layer that mixes rows, or a kernel whose result depends on a row's position or on the shape (bf16
 kernels moved another patient's gradient by up to 0.9 % when the shape changed: measured).
 Micro-batches have one fixed shape, which leaves position and neighbours; both are tried here with
-random rows, which are public, before the first step. The adapter is shaken meanwhile: at one that
-starts from zero, rows may mix without a trace.
+random rows, which are public, before the first step. The adapter is a random one meanwhile: one
+that starts from zero, or that a coordinator has saturated on purpose, may hide that rows mix. Which
+kernel runs, and in which order it adds, depends on shapes and not on values: equal bits here are
+equal bits at every adapter. Where bits differ, how far they do depends on the adapter: there it is
+measured at the received one too, which is evidence, not a proof.
 """
 
 from __future__ import annotations
@@ -21,13 +24,20 @@ from client.site.encoders.dataset import Dataset
 from client.site.training.clipping import PatientClipper
 from common.errors import PrivacyError
 
+
+class BatchDependent(PrivacyError):
+    """Rows are separate, but kernels round a row by its position or neighbours. Passes of one
+    patient each have neither."""
+
+
 # (inputs, present, labels, weights [rows]) -> Σ weight · row loss
 WeightedLoss = Callable[[dict[str, Tensor], dict[str, Tensor], Tensor, Tensor], Tensor]
+# (inputs, present) -> [rows, K]
+Score = Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor]
 _Flows = list[tuple[Tensor, Tensor]]
 _Rows = tuple[dict[str, Tensor], dict[str, Tensor], Tensor]
 
-_MEASURED = 8  # patients whose gradients are compared when bits differ
-_SHAKEN = 0.05  # standard deviation of what is added to the trainable parameters meanwhile
+_SPREAD = 0.05  # standard deviation of the trainable parameters meanwhile
 
 
 def row_deviation(
@@ -39,10 +49,11 @@ def row_deviation(
     device: torch.device,
 ) -> float:
     """Largest change, in units of C, of a patient's clipped gradient when the micro-batch is
-    shuffled and half of the other patients are replaced; 0.0 if equal bit for bit.
+    shuffled and half of the other patients are replaced, or when copies of one patient fill every
+    slot; 0.0 if equal bit for bit.
 
     Args:
-        model: Its trainable parameters are shaken and restored.
+        model: Its trainable parameters are replaced meanwhile, and restored.
         clipper: On the model.
         loss: Runs the model on one micro-batch.
         like: Gives the shapes of the inputs; its values are not read.
@@ -54,8 +65,11 @@ def row_deviation(
     """
     generator = torch.Generator().manual_seed(20)
     buffers = {name: value.clone() for name, value in model.named_buffers()}
-    with _shaken(list(clipper.sums), generator):
+    with _random_adapter(list(clipper.sums), generator):
         deviation = _deviation(clipper, loss, like, micro_batch, device, generator)
+    if deviation:
+        received = _deviation(clipper, loss, like, micro_batch, device, generator)
+        deviation = max(deviation, received)
     for name, value in model.named_buffers():
         if name not in buffers or not torch.equal(value, buffers[name]):
             raise PrivacyError(
@@ -76,11 +90,12 @@ def _deviation(
 ) -> float:
     k = clipper.rows_per_patient
     rows = _random_rows(like, micro_batch * k, generator)
+    for mask in rows[1].values():
+        mask[:k] = True  # patient 0 has everything: a pass of their copies might skip the mask
     others = _random_rows(like, micro_batch * k, generator)
     order = torch.randperm(micro_batch, generator=generator)
     kept = (micro_batch + 1) // 2  # patients order[:kept] move to slots 0 ... kept - 1
-    moved = (order[:, None] * k + torch.arange(k)).flatten()
-    here, there = moved[: kept * k], torch.arange(kept * k)
+    moved = _rows_of(order, k)
 
     def flows(batch: _Rows, weights: Tensor) -> _Flows:
         on_device = _map(batch, lambda x: x.to(device))
@@ -89,43 +104,51 @@ def _deviation(
         return clipper.backward(value, micro_batch * k)
 
     everyone = torch.full((micro_batch * k,), 1 / k)
-    first = flows(rows, everyone)
-    shuffled = _map(rows, lambda x: x[moved])
-    for mine, new in zip(_tensors(shuffled), _tensors(others), strict=True):
-        mine[kept * k :] = new[kept * k :]
-    second = flows(shuffled, everyone)
-
     half = everyone.clone()
-    half[here] = 0
+    half[moved[: kept * k]] = 0
+    reached = moved[: kept * k].to(device)
     for layer, (_, g) in zip(clipper.layers, flows(rows, half), strict=True):
-        if g[here.to(device)].count_nonzero():
+        if g[reached].count_nonzero():
             raise PrivacyError(
                 f"{layer.name}: the loss of one patient reaches the rows of another",
                 cure="use no attention, contrast or statistics across the batch",
             )
 
-    here, there = here.to(device), there.to(device)
-    if all(
+    first = flows(rows, everyone)
+    shuffled = _map(rows, lambda x: x[moved])
+    for mine, new in zip(_tensors(shuffled), _tensors(others), strict=True):
+        mine[kept * k :] = new[kept * k :]
+    slots, nobody = torch.arange(micro_batch), torch.zeros(micro_batch, dtype=torch.long)
+    copies = _map(rows, lambda x: x[_rows_of(nobody, k)])
+    return max(
+        _difference(clipper, first, flows(shuffled, everyone), order[:kept], slots[:kept]),
+        _difference(clipper, first, flows(copies, everyone), nobody, slots),
+    )
+
+
+def _difference(
+    clipper: PatientClipper, first: _Flows, second: _Flows, patients: Tensor, slots: Tensor
+) -> float:
+    """How far the contributions of `patients` in one pass and those of `slots` in another differ at
+    most; they are of the same rows."""
+    device = first[0][1].device
+    here, there = (_rows_of(s, clipper.rows_per_patient).to(device) for s in (patients, slots))
+    everyone = len(first[0][1]) // clipper.rows_per_patient
+    valid = torch.ones(everyone, dtype=torch.bool, device=device)
+    one, two = clipper.clip_factors(first, valid), clipper.clip_factors(second, valid)
+    if torch.equal(one[patients.to(device)], two[slots.to(device)]) and all(
         torch.equal(a[here], b[there])
-        for one, two in zip(first, second, strict=True)
-        for a, b in zip(one, two, strict=True)
+        for mine, new in zip(first, second, strict=True)
+        for a, b in zip(mine, new, strict=True)
     ):
         return 0.0
-    return _measured_deviation(clipper, first, second, order[:kept].tolist(), micro_batch)
-
-
-def _measured_deviation(
-    clipper: PatientClipper, first: _Flows, second: _Flows, kept: list[int], micro_batch: int
-) -> float:
-    valid = torch.ones(micro_batch, dtype=torch.bool, device=first[0][1].device)
-    factors = clipper.clip_factors(first, valid), clipper.clip_factors(second, valid)
     worst = 0.0
-    for slot, patient in enumerate(kept[:_MEASURED]):
+    for patient, slot in zip(patients.tolist(), slots.tolist(), strict=True):
         clipper.begin()
-        for layer, one, two in zip(clipper.layers, first, second, strict=True):
-            x1, g1 = (v[patient] for v in layer.tokens(*one, micro_batch))
-            x2, g2 = (v[slot] for v in layer.tokens(*two, micro_batch))
-            difference = torch.cat([g1 * factors[0][patient], g2 * -factors[1][slot]])
+        for layer, mine, new in zip(clipper.layers, first, second, strict=True):
+            x1, g1 = (v[patient] for v in layer.tokens(*mine, everyone))
+            x2, g2 = (v[slot] for v in layer.tokens(*new, everyone))
+            difference = torch.cat([g1 * one[patient], g2 * -two[slot]])
             layer.accumulate(torch.cat([x1, x2])[None], difference[None])
         total = sum(float(s.square().sum()) for s in clipper.sums.values())
         if not math.isfinite(total):
@@ -135,13 +158,50 @@ def _measured_deviation(
     return worst
 
 
+def _rows_of(patients: Tensor, k: int) -> Tensor:
+    return (patients[:, None] * k + torch.arange(k)).flatten()
+
+
+@torch.no_grad()
+def scores_stand_alone(
+    model: nn.Module, like: Dataset, rows: int, device: torch.device, score: Score
+) -> bool:
+    """Whether a record's scores, in passes of `rows` records, are the same bits whatever its
+    position and its neighbours: an evaluation's sensitivity counts one patient, so one who leaves
+    must not move the score of another across the edge of a bin.
+
+    Args:
+        model: Its trainable parameters are replaced meanwhile, and restored.
+        like: Gives the shapes of the inputs; its values are not read.
+        score: (inputs, present) -> [rows, K].
+    """
+    generator = torch.Generator().manual_seed(21)
+    batch, others = (_random_rows(like, rows, generator) for _ in range(2))
+    for mask in batch[1].values():
+        mask[0] = True
+    moved = torch.randperm(rows, generator=generator)
+    kept = (rows + 1) // 2
+    shuffled = _map(batch, lambda x: x[moved])
+    for mine, new in zip(_tensors(shuffled), _tensors(others), strict=True):
+        mine[kept:] = new[kept:]
+    copies = _map(batch, lambda x: x[:1].expand_as(x).contiguous())
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    with _random_adapter(trainable, generator):
+        first, second, third = (
+            score(*_map(some, lambda x: x.to(device))[:2]) for some in (batch, shuffled, copies)
+        )
+    return torch.equal(first[moved.to(device)][:kept], second[:kept]) and torch.equal(
+        first[:1].expand_as(third), third
+    )
+
+
 @contextmanager
-def _shaken(parameters: list[nn.Parameter], generator: torch.Generator) -> Iterator[None]:
+def _random_adapter(parameters: list[nn.Parameter], generator: torch.Generator) -> Iterator[None]:
     kept = [p.detach().clone() for p in parameters]
     try:
         with torch.no_grad():
             for p in parameters:
-                p.add_(torch.randn(p.shape, generator=generator).to(p), alpha=_SHAKEN)
+                p.copy_(_SPREAD * torch.randn(p.shape, generator=generator))
         yield
     finally:
         with torch.no_grad():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from client.site.encoders.dataset import Dataset
 from client.site.training.clipping import PatientClipper
 from client.site.training.entropy import Entropy
-from client.site.training.invariance import row_deviation
+from client.site.training.invariance import BatchDependent, row_deviation
 from client.site.training.layers import covered_modules
 from client.site.training.optimizer import NoisedSumOptimizer, base_optimizer
 from client.site.training.plan import (
@@ -192,12 +192,14 @@ class Trainer:
                 f"slack {plan.slack:.1e}",
                 cure="declare a larger slack in the plan",
             )
-        # Measured on a few patients: doubled, and charged for a batch that is hardly ever exceeded.
-        others = plan.denominator + 8 * math.sqrt(plan.denominator) + 8
+        # Measured on a few patients: doubled, and charged for a batch that is hardly ever exceeded,
+        # of the patients there are: `patients_declared` is only a lower bound of them.
+        batch = plan.sample_rate * patients
+        others = batch + 8 * math.sqrt(batch) + 8
         needed = 2 * deviation * others
         if needed > plan.batch_slack:
-            raise PrivacyError(
+            raise BatchDependent(
                 f"a patient's gradient depends on its neighbours in the micro-batch, together by "
                 f"{needed:.1e}·C, above the plan's batch_slack {plan.batch_slack:.1e}",
-                cure="use float32, another micro_batch, or declare that batch_slack",
+                cure="use float32, or micro_batch = 1: a patient alone in its pass has none",
             )

@@ -24,7 +24,9 @@ def test_the_split_is_random_and_secret_and_lasts(ward_module: Any, tmp_path: Pa
     study, other_seed = ward_module.make_study(), ward_module.make_study(seed=5)
     keys: dict[str, bytes] = {}
     for name, simulated in (("real", False), ("real2", False), ("sim", True), ("sim2", True)):
-        world = ward_module.Ward(tmp_path / name, simulated=simulated)
+        world = ward_module.Ward(
+            tmp_path / name, simulated=simulated, approved=(study.hash, other_seed.hash)
+        )
         world.prepared(study)
         path = tmp_path / name / "sites" / "a" / "population.key"
         keys[name] = path.read_bytes()

@@ -87,7 +87,11 @@ class Ward:
         for number, name in enumerate(sites):
             if not (folder / "shards" / name).exists():
                 make_shard(folder / "shards" / name, name, number)
-        rules = {"coordinators": (self.coordinator.public,), "approved": ("*",), **policy}
+        rules = {
+            "coordinators": (self.coordinator.public,),
+            "approved": ("*",) if simulated else (),
+            **policy,
+        }
         self.config = DaemonConfig(
             socket=folder / "d.sock",
             threads=1,
