@@ -51,13 +51,21 @@ def build() -> typer.Typer:
 
 
 def main() -> None:
-    """Runs the command line; a `FedwardError` is shown as one clear message, exit code 1."""
+    """Runs the command line. A `FedwardError`, or what the operating system refuses (a full disk, a
+    folder that may not be written), is shown as one clear message, exit code 1."""
     try:
         build()()
     except FedwardError as error:
-        message = Text.assemble(("error", "bold red"), f" ({error.code}): {error}")
-        Console(stderr=True, highlight=False, soft_wrap=True).print(message)
-        sys.exit(1)
+        _fail(error.code, str(error))
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        _fail("system", f"{place}{error.strerror or error}")
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted")
         sys.exit(130)
+
+
+def _fail(code: str, text: str) -> None:
+    message = Text.assemble(("error", "bold red"), f" ({code}): {text}")
+    Console(stderr=True, highlight=False, soft_wrap=True).print(message)
+    sys.exit(1)

@@ -38,6 +38,7 @@ EMBEDDED_ENCODERS: Mapping[str, str] = {
 """Encoders that need no download, and the modality that each reads. Every other encoder is
 `torchxrayvision:<weights name or path>` or `huggingface:<id or folder>` (with `revision`)."""
 EMBEDDED_SLMS = ("nano",)
+_SHOWN_NAMES = 30  # in an error
 
 
 class Part(BaseModel):
@@ -147,8 +148,8 @@ class Model(Part):
     beta: float = Field(default=10.0, ge=0)
     asl_margin: float = Field(default=0.05, ge=0, lt=1)
     asl_gamma: float = Field(default=4.0, ge=0)
-    token_scale: float = Field(default=1.0, gt=0)
-    logit_gain: float = Field(default=1.0, gt=0)
+    token_scale: float = Field(default=1.0, ge=1e-3, le=1e3)
+    logit_gain: float = Field(default=1.0, ge=1e-3, le=1e3)
     lora: Lora | None = None
 
     @model_validator(mode="after")
@@ -176,11 +177,11 @@ class Training(Part):
     """
 
     optimizer: Literal["sgd", "adam"] = "adam"
-    learning_rate: float = Field(default=5e-4, gt=0)
+    learning_rate: float = Field(default=5e-4, gt=0, le=1e3)
     scale_by_noise: bool = False
     momentum: float = Field(default=0.0, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
-    steps_per_round: int = Field(default=20, ge=1)
+    steps_per_round: int = Field(default=20, ge=1, le=100_000)
 
 
 class Privacy(Part):
@@ -204,11 +205,11 @@ class Privacy(Part):
     epsilon: float = Field(default=8.0, gt=0)
     delta: float = Field(default=1e-5, gt=0, lt=1)
     sample_rate: float = Field(default=0.1, gt=0, le=1)
-    records_per_patient: int = Field(default=1, ge=1)
-    max_grad_norm: float = Field(default=1.0, gt=0)
+    records_per_patient: int = Field(default=1, ge=1, le=1000)
+    max_grad_norm: float = Field(default=1.0, ge=1e-6, le=1e6)
     spare_rounds: float = Field(default=0.1, ge=0, le=1)
     batch_slack: float = Field(default=0.0, ge=0, lt=1)
-    noise_multiplier: float | None = Field(default=None, gt=0)
+    noise_multiplier: float | None = Field(default=None, ge=1e-2, le=1e6)
 
 
 class Evaluation(Part):
@@ -224,12 +225,12 @@ class Evaluation(Part):
     """
 
     validation_fraction: float = Field(default=0.25, gt=0, lt=1)
-    releases: int = Field(default=1, ge=1)
+    releases: int = Field(default=1, ge=1, le=1000)
     bins: int = Field(default=16, ge=2, le=256)
-    logit_range: float = Field(default=4.0, gt=0)
-    records_per_patient: int = Field(default=4, ge=1)
+    logit_range: float = Field(default=4.0, ge=0.01, le=1000)
+    records_per_patient: int = Field(default=4, ge=1, le=1000)
     epsilon: float | None = Field(default=None, gt=0)
-    noise_multiplier: float | None = Field(default=None, gt=0)
+    noise_multiplier: float | None = Field(default=None, ge=1e-2, le=1e6)
 
 
 class Site(Part):
@@ -259,7 +260,7 @@ class Federation(Part):
         patients_declared: Default for sites that a simulation finds on disk.
     """
 
-    rounds: int = Field(default=10, ge=1)
+    rounds: int = Field(default=10, ge=1, le=100_000)
     quorum: float = Field(default=0.75, gt=0, le=1)
     deadline_seconds: float = Field(default=1800, gt=0)
     startup_seconds: float = Field(default=3600, gt=0)
@@ -489,7 +490,8 @@ def unknown(kind: str, name: str, known: Iterable[str], *, cure: str = "") -> St
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"; did you mean '{near[0]}'?" if near else ""
-    return StudyError(f"unknown {kind} '{name}'{hint} (known: {', '.join(names)})", cure=cure)
+    shown = ", ".join(names[:_SHOWN_NAMES]) + (", …" if len(names) > _SHOWN_NAMES else "")
+    return StudyError(f"unknown {kind} '{name}'{hint} (known: {shown})", cure=cure)
 
 
 def _explain(error: ValidationError) -> str:

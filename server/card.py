@@ -7,7 +7,7 @@ The template is text in this module, because a Flower bundle carries Python file
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
@@ -16,9 +16,7 @@ from common.study import Study
 from server.report import Report
 
 
-def card(
-    study: Study, spec: Mapping[str, Any], report: Report, *, attribution: Sequence[str] = ()
-) -> str:
+def card(study: Study, spec: Mapping[str, Any], report: Report) -> str:
     """The model card, in Markdown; arguments as in `server.publish.write`."""
     environment = Environment(
         undefined=StrictUndefined,
@@ -35,8 +33,7 @@ def card(
         local_slm=str(slm["name"]).startswith((".", "/", "~")),
         lora=spec.get("lora"),
         private=report.privacy.mode != "none",
-        balanced=study.model.loss == "avg" and study.model.class_weights,
-        attribution=list(attribution),
+        balanced=study.model.loss == "avg",
         figure=_figure,
         number=_number,
         epsilon=_epsilon,
@@ -88,10 +85,10 @@ tags: [federated-learning, {% if private %}differential-privacy, {% endif %}clin
 ## What it predicts
 
 {% for name, task in study.tasks.items() %}
-- `{{ name }}`{% if task.description %}: {{ task.description }}{% endif %} (public prevalence {{ task.prevalence }})
+- `{{ name }}`{% if task.description %}: {{ task.description.rstrip('.') }}{% endif %} (public prevalence {{ task.prevalence }})
 {% endfor %}
 
-A risk is positive at logit >= 0{% if balanced %}, which balances the classes: sigmoid(logit) is not a calibrated probability{% endif %}.
+A risk is positive at logit >= 0{% if balanced %}, which balances the classes{% endif %}; sigmoid(logit) is not a calibrated probability.
 
 ## Metrics of the federation
 
@@ -106,7 +103,7 @@ From exact score histograms of validation patients, who never trained; 95 % inte
 {% for name, m in report.tasks.items() %}
 | {{ name }} | {{ figure(m, "auroc") }} | {{ figure(m, "auprc") }} | {{ figure(m, "precision") }} | {{ figure(m, "recall") }} | {{ figure(m, "f1") }} | {{ "%.0f" | format(m.support) }} | {{ "%.0f" | format(m.positives) }} |
 {% endfor %}
-| **mean of {{ report.macro.tasks }}** | {{ figure(report.macro, "auroc") }} | {{ figure(report.macro, "auprc") }} | | | | | |
+| **mean** of the known | {{ figure(report.macro, "auroc") }} | {{ figure(report.macro, "auprc") }} | | | | | |
 
 {% if private %}*insufficient*: the noise, or too few patients, leave nothing to say. Counts are noised.{% else %}*insufficient*: too few patients.{% endif %}
 
@@ -138,8 +135,8 @@ The unit is the **patient** at a site, with all their records: adding or removin
 
 ## How it is made
 
-- System: `{{ study.model.system }}`: trained projectors before a frozen language model; {{ report.trainable_parameters }} trained parameters.
-- Language model: {{ slm.name }}{% if slm.revision %} at `{{ slm.revision }}`{% endif %}{% if slm.family %} ({{ slm.family }}{% if slm.parameters %}, {{ slm.parameters }} parameters{% endif %}){% endif %}, frozen{% if lora %}, with LoRA of rank {{ lora.r }}{% endif %}; not part of this folder. SHA-256 `{{ slm.sha256 }}`.
+- System: `{{ study.model.system }}`: trained projectors before a frozen language model; {{ '{:,}'.format(report.trainable_parameters) }} trained parameters.
+- Language model: {{ slm.name }}{% if slm.revision %} at `{{ slm.revision }}`{% endif %}{% if slm.family %} ({{ slm.family }}{% if slm.parameters %}, {{ '{:,}'.format(slm.parameters) }} parameters{% endif %}){% endif %}, frozen{% if lora %}, with LoRA of rank {{ lora.r }}{% endif %}; not part of this folder. SHA-256 `{{ slm.sha256 }}`.
 - Encoders, frozen:
 {% for source, description in report.encoders.items() %}
   - `{{ source }}`: {{ description }}
@@ -156,12 +153,4 @@ The unit is the **patient** at a site, with all their records: adding or removin
 ## Intended use and limits
 
 Research on methods. It has not been validated for any population, device or workflow, is no medical device, and must not inform the care of a patient. Performance differs between hospitals and groups, and an average over sites hides it.
-{% if attribution %}
-
-## Data
-
-{% for line in attribution %}
-- {{ line }}
-{% endfor %}
-{% endif %}
 """

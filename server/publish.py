@@ -28,8 +28,6 @@ def write(
     arrays: Mapping[str, NDArray[Any]],
     spec: Mapping[str, Any],
     report: Report,
-    *,
-    attribution: Sequence[str] = (),
 ) -> Path:
     """Writes `OUT/adapter/`, replacing an earlier one; a reader sees the old folder or the new.
 
@@ -41,7 +39,6 @@ def write(
     Args:
         arrays: The adapter.
         spec: What a site says of it: `slm`, `designated`, `dims`, `lora`, `trainable_parameters`.
-        attribution: Lines on licence and origin of the data, where the caller knows them.
 
     Returns:
         `OUT/adapter`.
@@ -58,7 +55,7 @@ def write(
             "projectors.safetensors": _safetensors(rest, {"study": study.hash}),
             "fedward.json": _json(_describe(study, rest, spec, bool(lora))),
             "study.toml": study.to_toml().encode(),
-            "README.md": card(study, spec, report, attribution=attribution).encode(),
+            "README.md": card(study, spec, report).encode(),
         }
         if lora:
             files["adapter_model.safetensors"] = _safetensors(
@@ -74,6 +71,18 @@ def write(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return final
+
+
+def attribute(out: str | Path, lines: Sequence[str]) -> None:
+    """Adds origin and licence of the data to the model card in `OUT/adapter/`. A coordinator does
+    not know them; the launcher of a simulation, or a person, does."""
+    if not lines:
+        return
+    path = Path(out) / "adapter" / "README.md"
+    section = "\n## Data\n\n" + "".join(f"- {line}\n" for line in lines)
+    partial = path.with_name(".README.md.partial")
+    partial.write_text(path.read_text().partition("\n## Data\n")[0] + section)
+    os.replace(partial, path)
 
 
 def _describe(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
@@ -14,18 +16,14 @@ from common.errors import StudyError
 
 def simulate(
     study: Annotated[str, typer.Option(help="Study file, or a ready study's name.")] = "demo",
-    shards: Annotated[
-        Path | None, typer.Option(help="Folder of shards, one per hospital.")
-    ] = None,
+    shards: Annotated[Path | None, typer.Option(help="Folder of shards, one per hospital.")] = None,
     synthetic: Annotated[
         int | None, typer.Option(min=1, help="So many synthetic hospitals instead.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the results [default: runs/<study>-<time>].")
     ] = None,
-    hospitals: Annotated[
-        int | None, typer.Option(help="Only so many of the hospitals.")
-    ] = None,
+    hospitals: Annotated[int | None, typer.Option(help="Only so many of the hospitals.")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Instead of the study's.")] = None,
     epsilon: Annotated[
         float | None, typer.Option(help="Privacy target instead of the study's.")
@@ -41,7 +39,7 @@ def simulate(
 ) -> None:
     """Runs a study over virtual hospitals on this machine, and shows what came of it."""
     from common.study import Study
-    from simulations.run import clear
+    from simulations.run import clear, free
     from simulations.run import simulate as run
     from simulations.summary import show
 
@@ -57,25 +55,30 @@ def simulate(
     folder = out or Path("runs") / f"{chosen.name}-{datetime.now():%Y%m%d-%H%M%S}"
     if overwrite:
         clear(folder)
+    free(folder, resume=resume)
+    hospitals_at: Path | Mapping[str, Path] = shards or Path()
     if synthetic is not None:
         from simulations.cohort.synthetic import write_cohort
 
+        if not resume:
+            shutil.rmtree(folder / "cohort", ignore_errors=True)  # of a run that failed
+        hospitals_at = write_cohort(folder / "cohort", synthetic, seed=seed or 0)
         names = list(chosen.federation.sites)
-        cohort = write_cohort(folder / "cohort", synthetic, seed=seed or 0)
         if names and synthetic != len(names):  # the demo's roster follows --synthetic
             raw = chosen.model_dump(mode="json")
             raw["federation"]["sites"] = {}
             chosen = Study.model_validate(raw)
-        report = run(
-            chosen, cohort, folder, hospitals=hospitals, rounds=rounds, epsilon=epsilon,
-            private=not no_privacy, seed=seed, resume=resume,
-        )
-    else:
-        assert shards is not None
-        report = run(
-            chosen, shards, folder, hospitals=hospitals, rounds=rounds, epsilon=epsilon,
-            private=not no_privacy, seed=seed, resume=resume,
-        )
+    report = run(
+        chosen,
+        hospitals_at,
+        folder,
+        hospitals=hospitals,
+        rounds=rounds,
+        epsilon=epsilon,
+        private=not no_privacy,
+        seed=seed,
+        resume=resume,
+    )
     show(report, folder.absolute(), Console())
 
 
@@ -97,7 +100,10 @@ def plan(
     epsilon: Annotated[float | None, typer.Option(help="Instead of the study's.")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Instead of the study's.")] = None,
 ) -> None:
-    """Says what a study will cost, before any data is touched: noise, ε, bytes, memory, time."""
+    """Says what STUDY will cost, before any data is touched: noise, ε, bytes, memory, time.
+
+    STUDY is a file, or the name of a ready study.
+    """
     from common.study import Study
     from simulations.plan import parse_sites, show_plan
 

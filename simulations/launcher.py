@@ -31,6 +31,7 @@ from common.study import Study
 from simulations.bundle import assemble
 from simulations.display import Display
 from simulations.processes import Family
+from simulations.stories import stories, told
 
 _STATUS = "/fedward.Site/Status"
 _QUIET = {
@@ -128,9 +129,15 @@ class _Session:
         self.watched["superlink"] = self._start(
             "superlink",
             [
-                str(self.bin / "flower-superlink"), "--insecure", "--simulation",
-                "--isolation", "subprocess", "--host", "127.0.0.1",
-                "--port", address.rpartition(":")[2],
+                str(self.bin / "flower-superlink"),
+                "--insecure",
+                "--simulation",
+                "--isolation",
+                "subprocess",
+                "--host",
+                "127.0.0.1",
+                "--port",
+                address.rpartition(":")[2],
             ],
         )
         (self.private / "flower" / "config.toml").write_text(
@@ -166,9 +173,15 @@ class _Session:
             f"init-args-num-cpus={nodes} init-args-num-gpus=0"
         )
         return [
-            str(self.bin / "flwr"), "run", str(app), "local", "--stream",
-            "--run-config", " ".join(f"{k}={json.dumps(v)}" for k, v in config.items()),
-            "--federation-config", federation,
+            str(self.bin / "flwr"),
+            "run",
+            str(app),
+            "local",
+            "--stream",
+            "--run-config",
+            " ".join(f"{k}={json.dumps(v)}" for k, v in config.items()),
+            "--federation-config",
+            federation,
         ]
 
     # -- looking after it -------------------------------------------------------------------
@@ -212,7 +225,7 @@ class _Session:
         path = self.run.out / "rounds.jsonl"
         if path.exists():
             lines = path.read_text().splitlines(keepends=True)
-            for text in lines[self._lines:]:
+            for text in lines[self._lines :]:
                 if not text.endswith("\n"):
                     break
                 self._lines += 1
@@ -231,22 +244,18 @@ class _Session:
         path = self.run.out / "failed.json"
         if path.exists():
             reason = json.loads(path.read_text())
+            why = stories(self.run.out)
             raise LaunchError(
-                reason["reason"], cure=f"{reason.get('cure') or 'read the logs'}\n"
-                f"  logs: {self.logs}{self._complaints()}"
+                reason["reason"] + told(why),
+                cure=f"mend that; the logs are in {self.logs}"
+                if why
+                else f"{reason.get('cure') or 'read the logs'}\n  logs: {self.logs}",
             )
 
     def _check_alive(self) -> None:
         for name, process in self.watched.items():
             if process.poll() is not None:
                 raise self._error(f"the {name} ended with exit code {process.returncode}", name)
-
-    def _complaints(self) -> str:
-        """What the virtual hospitals' own logs say, which in a simulation are the user's too."""
-        paths = [self.logs / "daemon.log", *sorted(self.run.out.glob("sites/*/daemon.log"))]
-        lines = [x for p in paths if p.exists() for x in p.read_text(errors="replace").splitlines()]
-        told = [line for line in lines if "error" in line.lower() or "cure:" in line]
-        return "".join(f"\n  {line.strip()}" for line in dict.fromkeys(told[-8:]))
 
     def _error(self, what: str, log: str = "superlink") -> LaunchError:
         path = self.logs / f"{log}.log"
@@ -258,10 +267,15 @@ class _Session:
         """Status of the run by `flwr ls`, the only place where Flower tells it."""
         listed = subprocess.run(
             [str(self.bin / "flwr"), "ls", "local", "--format", "json"],
-            env=self.env, cwd=self.neutral, capture_output=True, text=True, timeout=60, check=False,
+            env=self.env,
+            cwd=self.neutral,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
         )
         with contextlib.suppress(ValueError, LookupError, TypeError):
-            found = json.loads(listed.stdout[listed.stdout.index("{"):])["runs"][0]
+            found = json.loads(listed.stdout[listed.stdout.index("{") :])["runs"][0]
             return f"{found['status']} {found.get('status-details', '')}".strip()
         return "without a report"
 

@@ -15,10 +15,13 @@ from client.site.shard.shard import META, discover
 from common.errors import FedwardError, StudyError
 from common.identity import Identity
 from common.study import Study, resolve, unknown
+from server.publish import attribute
 from server.report import Report, attach_exact
 from simulations.daemon import daemon_command, daemon_config
 from simulations.display import Display
 from simulations.launcher import Run, launch
+from simulations.preflight import check, place
+from simulations.stories import stories, told
 
 
 def simulate(
@@ -59,19 +62,21 @@ def simulate(
     """
     began = time.monotonic()
     console = console or Console(stderr=True)
-    chosen = study if isinstance(study, Study) else Study.load(study)
+    chosen = place(study if isinstance(study, Study) else Study.load(study))
     found = dict(shards) if isinstance(shards, Mapping) else find_shards(Path(shards))
     roster = _roster(chosen, found, hospitals)
     settled = resolve(
-        chosen, sites=dict.fromkeys(roster), rounds=rounds, epsilon=epsilon, private=private,
+        chosen,
+        sites=dict.fromkeys(roster),
+        rounds=rounds,
+        epsilon=epsilon,
+        private=private,
         seed=seed,
     )
     folder = Path(out).expanduser().absolute()
+    free(folder, resume=resume)
+    origins = check(settled, roster)
     folder.mkdir(parents=True, exist_ok=True)
-    if not resume and (folder / "checkpoint").exists():
-        raise FedwardError(
-            f"{folder} holds an earlier run", cure="add --resume, or choose another folder"
-        )
     key = folder / "coordinator.key"
     public = Identity.open(key).public
 
@@ -83,9 +88,32 @@ def simulate(
     run_id = f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
     with Display(console, settled.federation.rounds) as display:
         launch(Run(settled, folder, run_id, resume, key, daemon), display)
+    attribute(folder, origins)
     report = attach_exact(folder, pooled_exact({n: folder / "sites" / n for n in roster}))
+    if why := {n: s for n, s in stories(folder).items() if n in _refused(report)}:
+        console.print(f"hospitals that did not take part to the end:{told(why)}", markup=False)
     console.print(f"completed in {time.monotonic() - began:.0f} s", highlight=False)
     return report
+
+
+def free(folder: Path, *, resume: bool = False) -> None:
+    """Makes sure that a run may write into `folder`.
+
+    Raises:
+        FedwardError: An earlier run lies there, and `resume` does not ask for it; or the reverse.
+    """
+    there = (folder / "checkpoint").exists()
+    if there and not resume:
+        raise FedwardError(
+            f"{folder} holds an earlier run",
+            cure="--resume goes on with it, --overwrite replaces it; or choose another --out",
+        )
+    if resume and not there:
+        raise FedwardError(
+            f"{folder} holds no run to resume", cure="leave --resume out, or mend --out"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise FedwardError(f"{folder} is a file", cure="choose another --out")
 
 
 def clear(folder: Path) -> None:
@@ -124,6 +152,10 @@ def find_shards(folder: Path) -> dict[str, Path]:
             )
         found[name] = path
     return found
+
+
+def _refused(report: Report) -> set[str]:
+    return {site.name for site in report.sites if site.refused}
 
 
 def _roster(study: Study, found: Mapping[str, Path], hospitals: int | None) -> dict[str, Path]:

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
+# Kernels here are small. Threads that wait for each other on a busy machine cost ten times more.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session")
 def open_data() -> Path:
-    """Folder of openly licensed real shards (environment FEDWARD_DATA, else beside the checkout)."""
+    """Folder of openly licensed real shards: FEDWARD_DATA, or `shared/data` beside the checkout."""
     folder = Path(os.environ.get("FEDWARD_DATA", REPOSITORY.parent / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip(f"no open data at {folder}; set FEDWARD_DATA to the folder that holds it")

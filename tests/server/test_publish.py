@@ -175,7 +175,11 @@ def test_a_failed_write_keeps_the_old_adapter(
 
 def test_the_card_states_the_privacy_of_every_site(tmp_path: Path, base: Path) -> None:
     of = study(str(base))
-    card = (published(tmp_path, of, attribution=["Some data, ODbL-1.0"]) / "README.md").read_text()
+    folder = published(tmp_path, of)
+    publish.attribute(tmp_path, ["Old data"])
+    publish.attribute(tmp_path, ["Some data, ODbL-1.0"])
+    card = (folder / "README.md").read_text()
+    assert "Old data" not in card
     sigma = f"{of.privacy.noise_multiplier:.3f}"
     for site in ("north", "south"):
         (row,) = (line for line in card.splitlines() if line.startswith(f"| {site} "))

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from client.site.encoders.registry import dimensions
+from client.site.model.system import adapter_spec, build
 from client.site.shard.shard import Shard
-from common.errors import FedwardError, PrivacyError, StudyError
+from common.errors import FedwardError, ModelError, PrivacyError, StudyError
 from common.privacy.pricing import epsilon
 from common.study import Study
 from simulations import simulate, write_cohort
@@ -29,9 +31,7 @@ def study() -> Study:
     return Study.model_validate(raw)
 
 
-def test_more_hospitals_than_shards(
-    study: Study, cohort: dict[str, Path], tmp_path: Path
-) -> None:
+def test_more_hospitals_than_shards(study: Study, cohort: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="3 hospitals asked for, but there are 2"):
         simulate(study, cohort, tmp_path / "out", hospitals=3)
     assert not (tmp_path / "out").exists()
@@ -97,6 +97,30 @@ def test_plan_prices_what_the_ledger_will_charge() -> None:
     assert plan.reserved["train"] == epsilon(train, study.privacy.delta)
     assert plan.declared["train"] < plan.reserved["train"] <= study.privacy.epsilon
     assert plan.bytes_up == 4 * (plan.parameters or 0) > 0
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+@pytest.mark.parametrize("lora", [None, {"rank": 2, "targets": ["q_proj", "down_proj"]}])
+def test_plan_counts_what_the_model_has(decoder: bool, lora: dict[str, object] | None) -> None:
+    raw = Study.load("hannover").model_dump(mode="json")
+    raw["privacy"]["mode"] = "none"
+    raw["model"] |= {"decoder": decoder, "lora": lora}
+    study = Study.model_validate(raw)
+    model = build(study, dimensions(study))
+    assert make_plan(study).parameters == adapter_spec(model)["trainable_parameters"]
+
+
+def test_plan_says_what_it_cannot_know() -> None:
+    raw = Study.load("hannover").model_dump(mode="json")
+    raw["model"] |= {"slm": "nobody/such-a-model", "revision": "0" * 40}
+    console = Console(file=io.StringIO(), width=120)
+    show_plan(Study.model_validate(raw), console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "nobody/such-a-model is not on this machine" in text
+    assert "trainable parameters" not in text
+    raw["model"]["slm"] = "/nowhere"
+    with pytest.raises(ModelError, match="slm folder /nowhere"):
+        make_plan(Study.model_validate(raw))
 
 
 def test_plan_of_other_sites_and_its_table(study: Study) -> None:

@@ -1,7 +1,7 @@
 """The frozen small language model (SLM), resident once per process.
 
-Any causal model of the families in `FAMILIES` loads through transformers from the embedded `nano`,
-a local folder, or a Hugging Face id at a pinned revision: safetensors only, no remote code.
+Any causal model of the families in `files.FAMILIES` loads through transformers from the embedded
+`nano`, a local folder, or a Hugging Face id at a pinned revision: safetensors only, no remote code.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +16,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from client.site.model.files import ADVICE, check_family, is_folder, locate
 from common.errors import ModelError
 from common.study import EMBEDDED_SLMS, Model
-
-FAMILIES = ("gemma", "gemma2", "llama", "mistral", "phi3", "qwen2", "qwen3")
-NANO = Path(__file__).parent / "nano"
 
 
 @dataclass(frozen=True)
@@ -82,33 +79,16 @@ def _resident(name: str, revision: str | None, device: str) -> Slm:
 
 
 def _load(name: str, revision: str | None, device: str) -> Slm:
-    local = NANO if name in EMBEDDED_SLMS else Path(name).expanduser()
-    is_folder = name in EMBEDDED_SLMS or name.startswith((".", "/", "~"))
-    where = str(local) if is_folder else name
-    if is_folder:
-        if not (local / "config.json").is_file():
-            raise ModelError(
-                f"slm folder {local} has no config.json",
-                cure="give a folder written by save_pretrained",
-            )
-        if not list(local.glob("*.safetensors")):
-            raise ModelError(
-                f"slm folder {local} has no .safetensors file",
-                cure="convert the weights: save_pretrained(folder, safe_serialization=True); "
-                "pickled weights (.bin) are never loaded",
-            )
+    files = locate(name, revision)
+    where = str(files.folder) if files and is_folder(name) else name
     transformers_logging.disable_progress_bar()
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     options: dict[str, Any] = {"trust_remote_code": False}
-    if revision and not is_folder:
+    if revision and not is_folder(name):
         options["revision"] = revision
     try:
         config = AutoConfig.from_pretrained(where, **options)
-        if config.model_type not in FAMILIES:
-            raise ModelError(
-                f"slm '{name}' is of family '{config.model_type}'",
-                cure=f"choose one of: {', '.join(FAMILIES)}",
-            )
+        check_family(name, config.model_type)
         for key in ("attention_dropout", "embd_pdrop", "resid_pdrop"):
             if hasattr(config, key):
                 setattr(config, key, 0.0)
@@ -120,8 +100,7 @@ def _load(name: str, revision: str | None, device: str) -> Slm:
     except (OSError, ValueError) as error:
         raise ModelError(
             f"slm '{name}' cannot be loaded: {str(error).splitlines()[0]}",
-            cure="check folder or id and revision; without internet, download it beforehand with "
-            "`huggingface-cli download` and set HF_HUB_OFFLINE=1",
+            cure=ADVICE,
         ) from None
     causal.requires_grad_(False)
     causal.eval().to(device)
