@@ -6,11 +6,15 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
+from rich.box import SIMPLE
+from rich.console import Console, Group
 from rich.live import Live
+from rich.spinner import Spinner
 from rich.table import Table
 
 _QUIET_SECONDS = 10.0
+_OTHER_LINES = 10  # of a terminal, beside the hospitals
+_AT_WORK = ("encoding", "training", "evaluating")
 
 
 class Display:
@@ -26,10 +30,19 @@ class Display:
         self._heading = ""
         self._last: list[str] = []
         self._told = 0.0
+        self._began = time.monotonic()
+        self._spinner = Spinner("dots")
+        self._table: Table | None = None
 
     def __enter__(self) -> Display:
+        self._began = time.monotonic()
         if self.console.is_terminal:
-            self._live = Live(console=self.console, refresh_per_second=4, transient=True)
+            self._live = Live(
+                console=self.console,
+                refresh_per_second=8,
+                transient=True,
+                get_renderable=self._picture,
+            )
             self._live.__enter__()
         return self
 
@@ -67,24 +80,44 @@ class Display:
     def sites(self, status: Sequence[Mapping[str, Any]]) -> None:
         """The daemon's view of every hospital."""
         if self._live:
-            table = Table(title=self._heading, title_justify="left")
-            for name in ("hospital", "doing", "progress", "round", "ε so far"):
-                table.add_column(name)
-            for site in status:
-                table.add_row(
-                    str(site.get("site", "")), str(site.get("phase", "")), _progress(site),
-                    str(site.get("round") or ""), _epsilon(site.get("epsilon")),
-                )
-            self._live.update(table)
+            self._table = self._hospitals(status)
             return
         doing = [
             f"{s.get('site')} {s.get('phase')} {_progress(s)}".rstrip()
             for s in status
-            if s.get("phase") not in (None, "idle", "ready")
+            if s.get("phase") in _AT_WORK
         ]
         if doing and doing != self._last and time.monotonic() - self._told >= _QUIET_SECONDS:
             self._last, self._told = doing, time.monotonic()
             self.say("  " + ", ".join(doing))
+
+    def _picture(self) -> Group:
+        """Drawn several times a second, also while nothing is heard, so that the clock runs."""
+        self._spinner.update(text=f"{self._heading}, {time.monotonic() - self._began:.0f} s so far")
+        return Group(self._spinner, *([self._table] if self._table else []))
+
+    def _hospitals(self, status: Sequence[Mapping[str, Any]]) -> Table:
+        """One row per hospital; where they do not fit, those at work and how many others."""
+        table = Table(box=SIMPLE)
+        for name in ("hospital", "doing", "progress", "round", "ε train", "ε validation"):
+            table.add_column(name, justify="right" if "ε" in name else "left", no_wrap=True)
+        room = max(1, self.console.height - _OTHER_LINES)
+        shown = list(status)
+        if len(shown) > room:
+            # Sorting is stable: hospitals keep their order, and idle ones do not jump.
+            shown = sorted(shown, key=lambda site: site.get("phase") not in _AT_WORK)[:room]
+        for site in shown:
+            spent = site.get("epsilon") or {}
+            table.add_row(
+                str(site.get("site", "")),
+                str(site.get("phase", "")),
+                _progress(site),
+                str(site.get("round") or ""),
+                *(_epsilon(spent[p]) if p in spent else "" for p in ("train", "validation")),
+            )
+        if len(status) > len(shown):
+            table.add_row(f"and {len(status) - len(shown)} more", style="dim")
+        return table
 
 
 def _progress(site: Mapping[str, Any]) -> str:
@@ -95,11 +128,8 @@ def _progress(site: Mapping[str, Any]) -> str:
     return ""
 
 
-def _epsilon(epsilon: Any) -> str:
-    if not isinstance(epsilon, Mapping):
-        return ""
-    parts = [f"{k} {v:.2f}" for k, v in epsilon.items() if isinstance(v, int | float)]
-    return ", ".join(parts)
+def _epsilon(value: float | None) -> str:
+    return "∞" if value is None else f"{value:.2f}"
 
 
 def _worst(epsilon: Mapping[str, Mapping[str, Any]]) -> str:

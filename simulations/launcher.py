@@ -123,7 +123,7 @@ class _Session:
         (self.private / "flower").mkdir()
         for log in ("daemon", "superlink", "run"):
             (self.logs / f"{log}.log").unlink(missing_ok=True)
-        self.display.heading("starting the hospitals' daemon and Flower")
+        self.display.heading("starting Flower and the hospitals' daemon")
         self.watched["daemon"] = self._start("daemon", self.run.daemon(self.socket))
         address = f"127.0.0.1:{_free_port()}"
         self.watched["superlink"] = self._start(

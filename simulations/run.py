@@ -75,6 +75,7 @@ def simulate(
     )
     folder = Path(out).expanduser().absolute()
     free(folder, resume=resume)
+    console.print("checking study and shards", highlight=False)
     origins = check(settled, roster)
     folder.mkdir(parents=True, exist_ok=True)
     key = folder / "coordinator.key"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +20,7 @@ from common.privacy.ledger import Ledger
 
 app = typer.Typer(no_args_is_help=True, help="A hospital's daemon, keys and own metrics.")
 
+_POPULATIONS = ("train", "validation")
 StateFolder = Annotated[Path, typer.Argument(help="State folder of the site.")]
 
 
@@ -85,10 +87,14 @@ def metrics(state: StateFolder) -> None:
     table = Table(
         title=f"evaluation {releases[-1].stem.partition('-')[2]}: {found['patients']} patients, "
         f"{found['records']} records",
+        title_justify="left",
+        caption="below each value its 95 % interval",
+        caption_justify="left",
         box=SIMPLE,
+        padding=(0, 1, 0, 0),
     )
     for name in ("task", *names, "support", "positives"):
-        table.add_column(name, justify="left" if name == "task" else "right")
+        table.add_column(name, justify="left" if name == "task" else "right", no_wrap=True)
     for task, values in found["tasks"].items():
         shown = [_with_interval(values[n], values["interval"].get(n)) for n in names]
         table.add_row(task, *shown, str(values["support"]), str(values["positives"]))
@@ -109,26 +115,37 @@ def key(state: StateFolder) -> None:
 @app.command()
 def ledger(
     state: StateFolder,
-    delta: Annotated[float, typer.Option(help="Probability at which to price.")] = 1e-5,
+    delta: Annotated[
+        float | None,
+        typer.Option(help="Probability at which to price all [default: each its own]."),
+    ] = None,
 ) -> None:
-    """Verifies the site's ledger and shows what was released and what it cost."""
+    """Verifies the site's ledger and shows what was released and what it cost.
+
+    A study is priced at its own δ, everything together at the largest of these.
+    """
     path = state / "ledger.jsonl"
     if not path.exists():
         raise FedwardError(f"no ledger in {state}", cure="start the daemon once: it begins one")
     site = json.loads(path.open().readline() or "{}").get("site", "")
     book = Ledger.open(path, site)
-    table = Table(title=f"site {site}: {len(book.lines)} lines, chain whole", box=SIMPLE)
-    for name in ("study", "releases", "ε train", "ε validation"):
-        table.add_column(name)
-    approved = {line.study_hash: line.name for line in book.lines if line.line == "study-approved"}
-    rows: list[tuple[str, str | None]] = [(n, h) for h, n in approved.items()]
-    for name, hash_ in [*rows, ("all together", None)]:
-        spent = book.epsilon(delta, hash_)
+    title = f"site {site}: {len(book.lines)} lines, chain whole"
+    table = Table(title=title, title_justify="left", box=SIMPLE)
+    for name in ("study", "hash", "releases", "δ", "ε train", "ε validation"):
+        table.add_column(name, justify="left" if name in ("study", "hash") else "right")
+    approved = {line.study_hash: line for line in book.lines if line.line == "study-approved"}
+    rows: list[tuple[str, str | None, float]] = [
+        (line.name, hash_, delta or line.delta) for hash_, line in approved.items()
+    ]
+    largest = delta or max((line.delta for line in approved.values()), default=1e-5)
+    for name, hash_, at in [*rows, ("all together", None, largest)]:
+        spent = book.epsilon(at, hash_)
         count = len(book.events(study_hash=hash_))
-        table.add_row(name, str(count), *(f"{spent[p]:.3f}" for p in ("train", "validation")))
+        figures = ("∞" if math.isinf(e) else f"{e:.3f}" for e in (spent[p] for p in _POPULATIONS))
+        table.add_row(name, (hash_ or "")[:12], str(count), f"{at:g}", *figures)
     console = Console()
     console.print(table)
-    console.print(f"head {book.head}", highlight=False)
+    console.print(f"head {book.head}", highlight=False, soft_wrap=True)
     if book.simulated:
         console.print("simulated: the randomness was seeded, nothing here is private", style="red")
 
@@ -137,4 +154,5 @@ def _with_interval(value: float | None, interval: Any) -> str:
     if value is None:
         return "–"
     shown = f"{value:.3f}"
-    return f"{shown} [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else shown
+    ends = "–".join(f"{end:.2f}".removeprefix("0") for end in interval or ())
+    return f"{shown}\n{ends}" if ends else shown
