@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tensorboard.summary import Writer
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 
 class Curves:
@@ -20,7 +23,7 @@ class Curves:
 
     def __init__(self, folder: str | Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        self._writer = Writer(str(folder))
+        self._writer = EventFileWriter(str(folder))
 
     def __enter__(self) -> Curves:
         return self
@@ -56,4 +59,7 @@ class Curves:
 
     def _add(self, tag: str, value: float | None, step: int) -> None:
         if value is not None:
-            self._writer.add_scalar(tag, value, step)
+            # The plain kind, which `EventAccumulator.Scalars` reads; `tensorboard.summary` writes
+            # tensors that only the web page shows as scalars.
+            summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
+            self._writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))

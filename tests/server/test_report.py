@@ -197,13 +197,13 @@ def test_curves_hold_what_rounds_jsonl_says(tmp_path: Path) -> None:
     read.Reload()
 
     def curve(tag: str) -> list[tuple[int, float]]:
-        return [(e.step, float(e.tensor_proto.float_val[0])) for e in read.Tensors(tag)]
+        return [(e.step, e.value) for e in read.Scalars(tag)]
 
     assert curve("epsilon/train/a") == [(1, 0.5), (2, 1.0), (2, 1.0)]
     assert curve("epsilon/validation/a") == [(2, 7.0)]
     assert curve("round/seconds") == [(1, 0.5), (2, 1.0)]
     assert curve("auroc/death")[0][1] == pytest.approx(metrics["tasks"]["death"]["auroc"])
-    tags = read.Tags()["tensors"]
+    tags = read.Tags()["scalars"]
     assert "auroc/sepsis" not in tags
     assert "auroc/macro" in tags
 

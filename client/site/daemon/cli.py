@@ -93,7 +93,7 @@ def metrics(state: StateFolder) -> None:
         box=SIMPLE,
         padding=(0, 1, 0, 0),
     )
-    for name in ("task", *names, "support", "positives"):
+    for name in ("task", "AUROC", "AUPRC", "precision", "recall", "F1", "known", "true"):
         table.add_column(name, justify="left" if name == "task" else "right", no_wrap=True)
     for task, values in found["tasks"].items():
         shown = [_with_interval(values[n], values["interval"].get(n)) for n in names]
