@@ -7,7 +7,6 @@ import logging
 import os
 import secrets
 import sys
-import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -68,7 +67,6 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Runs the study. A failure is written to `failed.json` and raised, so that Flower knows."""
     _log_to_stdout()
-    began = time.monotonic()
     out = Path(str(context.run_config.get("out-dir") or "")).expanduser()
     try:
         settings = Settings.read(context.run_config)
@@ -76,14 +74,14 @@ def main(grid: Grid, context: Context) -> None:
         out.mkdir(parents=True, exist_ok=True)
         log.info("study %s (%s), results in %s", settings.study.name, settings.study.hash[:12], out)
         (out / "study.toml").write_text(settings.study.to_toml())
-        _run(grid, settings, began)
+        _run(grid, settings)
     except Exception as error:
         if out.is_absolute() and out.is_dir():
             _write_failure(out, error)
         raise
 
 
-def _run(grid: Grid, settings: Settings, began: float) -> None:
+def _run(grid: Grid, settings: Settings) -> None:
     study, out = settings.study, settings.out
     exchange = Exchange(
         grid, Identity.open(settings.coordinator_key), study, settings.run, code_hash=code_hash()
@@ -92,7 +90,7 @@ def _run(grid: Grid, settings: Settings, began: float) -> None:
         finished = Federation(
             exchange, study, out, resume=settings.resume, on_line=curves.line
         ).run()
-    described = report.build(finished, total_seconds=time.monotonic() - began)
+    described = report.build(finished)
     publish.write(out, study, finished.adapter, finished.spec, described)
     report.write(out, described)  # last: its presence says that the run completed
     log.info("completed: %s", out)

@@ -54,9 +54,7 @@ class Checkpoint:
         folder.mkdir(parents=True, exist_ok=True)
         name = f"round-{self.round:06d}"
         arrays = {
-            f"{part}:{key}": array
-            for part in PARTS
-            for key, array in getattr(self, part).items()
+            f"{part}:{key}": array for part in PARTS for key, array in getattr(self, part).items()
         }
         state = {
             "study_hash": self.study_hash,
@@ -111,8 +109,12 @@ class Checkpoint:
                 for kind in PARTS
             }
             return cls(
-                study_hash, state["run"], state["round"], state["completed"],
-                **part, history=state["history"],
+                study_hash,
+                state["run"],
+                state["round"],
+                state["completed"],
+                **part,
+                history=state["history"],
             )
         if found:
             raise CheckpointError(

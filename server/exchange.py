@@ -264,8 +264,14 @@ class Exchange:
         seed = json.dumps([self.study.hash, self.run, kind, site, round, attempt]).encode()
         nonce = hashlib.sha256(self.identity.sign(b"fedward nonce" + seed)).hexdigest()[:32]
         return Request(
-            kind=kind, run=self.run, site=site, round=round, attempt=attempt, nonce=nonce,
-            study_hash=self.study.hash, code_hash=self.code_hash,
+            kind=kind,
+            run=self.run,
+            site=site,
+            round=round,
+            attempt=attempt,
+            nonce=nonce,
+            study_hash=self.study.hash,
+            code_hash=self.code_hash,
             study=self.study.canonical().decode() if kind == "prepare" else None,
         )
 
@@ -277,7 +283,12 @@ class Exchange:
         return _Flight(Request.model_validate_json(envelope.header), envelope, size, turn)
 
     def _send(
-        self, kind: Kind, site: str, flight: _Flight, flying: dict[str, str], outcome: Outcome,
+        self,
+        kind: Kind,
+        site: str,
+        flight: _Flight,
+        flying: dict[str, str],
+        outcome: Outcome,
         left: float,
     ) -> None:
         hosts = self.hosts[site]
@@ -296,7 +307,12 @@ class Exchange:
         return next(iter(self.grid.push_messages([message])), None)
 
     def _land(
-        self, kind: Kind, site: str, message: Any, waiting: dict[str, _Flight], outcome: Outcome,
+        self,
+        kind: Kind,
+        site: str,
+        message: Any,
+        waiting: dict[str, _Flight],
+        outcome: Outcome,
         arrays: Arrays | None,
     ) -> bool:
         """Takes in a reply; True when the site itself spoke."""

@@ -43,7 +43,7 @@ class Progress:
         epsilon: By site, what its last answer stated: `{"train": ε, "validation": ε}`.
         steps: By site, DP-SGD steps that were answered for.
         evaluations: By release: round, sites that answered, and `Measured` of their histograms.
-        seconds: Spent preparing and training, all sessions of the run together.
+        seconds: Spent preparing, training and in all, sessions of a resumed run together.
     """
 
     round: int = 0
@@ -53,7 +53,9 @@ class Progress:
     releases: dict[str, int] = field(default_factory=dict)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     bytes_up_per_round: int = 0
-    seconds: dict[str, float] = field(default_factory=lambda: {"encode": 0.0, "train": 0.0})
+    seconds: dict[str, float] = field(
+        default_factory=lambda: {"encode": 0.0, "train": 0.0, "total": 0.0}
+    )
     refused: dict[str, str] = field(default_factory=dict)
 
 
@@ -103,6 +105,7 @@ class Federation:
         self.progress = Progress()
         self.adapter: Arrays = {}
         self.prepared: dict[str, dict[str, Any]] = {}
+        self._began, self._before = clock(), 0.0
         self.quorum = max(1, math.ceil(study.federation.quorum * len(study.federation.sites)))
 
     # -- the run ----------------------------------------------------------------------------
@@ -115,6 +118,7 @@ class Federation:
         """
         federation = self.study.federation
         self._restore()
+        self._began, self._before = self._clock(), self.progress.seconds["total"]
         self._start()
         if self.progress.round == 0:
             self.adapter = self._initial()
@@ -133,10 +137,17 @@ class Federation:
                 )
             self._train_round()
             self._evaluate_due(due)
+        self._count_time()
         return Finished(
-            self.study, self.exchange.run, self.average.mean(self.adapter), self.progress,
+            self.study,
+            self.exchange.run,
+            self.average.mean(self.adapter),
+            self.progress,
             self.prepared,
         )
+
+    def _count_time(self) -> None:
+        self.progress.seconds["total"] = self._before + self._clock() - self._began
 
     def _restore(self) -> None:
         found = Checkpoint.latest(self.out / "checkpoint", study_hash=self.study.hash)
@@ -145,9 +156,7 @@ class Federation:
             self.adapter = found.adapter
             self.optimizer.restore(found.optimizer)
             self.average.restore(found.average)
-            self.progress = Progress(
-                round=found.round, completed=found.completed, **found.history
-            )
+            self.progress = Progress(round=found.round, completed=found.completed, **found.history)
             log.info("resuming after round %d (%d completed)", found.round, found.completed)
         elif found:
             raise FederationError(
@@ -196,7 +205,9 @@ class Federation:
                 told = self._clock()
                 log.info(
                     "preparing: %d of %d sites ready after %.0f s",
-                    len(outcome.answers), len(sites), told - began,
+                    len(outcome.answers),
+                    len(sites),
+                    told - began,
                 )
 
         outcome = self.exchange.ask("prepare", sites, seconds=seconds, progress=report)
@@ -253,8 +264,11 @@ class Federation:
         self._save()
         self._line(outcome, kind="train", seconds=seconds, aggregated=reached)
         log.info(
-            "round %d: %d of %d sites in %.1f s%s", progress.round, len(answered),
-            len(self.study.federation.sites), seconds,
+            "round %d: %d of %d sites in %.1f s%s",
+            progress.round,
+            len(answered),
+            len(self.study.federation.sites),
+            seconds,
             "" if reached else f"; lost, a round needs {self.quorum}",
         )
 
@@ -286,7 +300,10 @@ class Federation:
 
     def _ask_once(self, kind: Any, sites: list[str], number: int, adapter: Arrays) -> Outcome:
         return self.exchange.ask(
-            kind, sites, round=number, arrays=adapter,
+            kind,
+            sites,
+            round=number,
+            arrays=adapter,
             seconds=self.study.federation.deadline_seconds,
         )
 
@@ -318,9 +335,11 @@ class Federation:
             outcome = self._ask("evaluate", release, self.average.mean(self.adapter))
             shape = (len(self.study.tasks), 2, self.study.evaluation.bins)
             answered = {
-                site: r for site, r in self._in_order(outcome).items()
+                site: r
+                for site, r in self._in_order(outcome).items()
                 if r.arrays.keys() == {"histograms"}
-                and r.arrays["histograms"].shape == shape and _sound(r.arrays)
+                and r.arrays["histograms"].shape == shape
+                and _sound(r.arrays)
             }
             for site, received in answered.items():
                 progress.releases[site] = progress.releases.get(site, 0) + 1
@@ -340,18 +359,23 @@ class Federation:
                 {"round": progress.round, "sites": list(answered), "metrics": metrics}
             )
             self._save()
-            self._line(
-                outcome, kind="evaluate", seconds=self._clock() - began, metrics=metrics
-            )
+            self._line(outcome, kind="evaluate", seconds=self._clock() - began, metrics=metrics)
             log.info("evaluation %d: %d sites", release, len(answered))
 
     # -- files ------------------------------------------------------------------------------
 
     def _save(self) -> None:
+        self._count_time()
         history = {k: v for k, v in vars(self.progress).items() if k not in ("round", "completed")}
         Checkpoint(
-            self.study.hash, self.exchange.run, self.progress.round, self.progress.completed,
-            self.adapter, self.optimizer.state(), history, self.average.state(),
+            self.study.hash,
+            self.exchange.run,
+            self.progress.round,
+            self.progress.completed,
+            self.adapter,
+            self.optimizer.state(),
+            history,
+            self.average.state(),
         ).write(self.out / "checkpoint")
 
     def _line(self, outcome: Outcome, *, kind: str, seconds: float, **more: Any) -> None:
@@ -381,8 +405,11 @@ def _merge(total: Outcome, more: Outcome) -> None:
     total.answers |= more.answers
     total.refused |= more.refused
     total.sent += more.sent
-    total.lost = {s: c for s, c in (total.lost | more.lost).items()
-                  if s not in total.answers and s not in total.refused}
+    total.lost = {
+        s: c
+        for s, c in (total.lost | more.lost).items()
+        if s not in total.answers and s not in total.refused
+    }
 
 
 def _sound(arrays: Arrays) -> bool:

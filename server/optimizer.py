@@ -129,8 +129,9 @@ class TailAverage:
         """The average so far in the types of `adapter`, which stands in before the tail begins."""
         if not self._count:
             return adapter
-        return {name: (self._sums[name] / self._count).astype(x.dtype)
-                for name, x in adapter.items()}
+        return {
+            name: (self._sums[name] / self._count).astype(x.dtype) for name, x in adapter.items()
+        }
 
     def state(self) -> Arrays:
         """What a checkpoint keeps."""

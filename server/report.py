@@ -146,12 +146,8 @@ class Report(Part):
     seconds: Seconds
 
 
-def build(finished: Finished, *, total_seconds: float) -> Report:
-    """The report of a completed run. `tasks` and `macro` are those of its last evaluation.
-
-    Args:
-        total_seconds: Wall-clock time of the run, start-up included.
-    """
+def build(finished: Finished) -> Report:
+    """The report of a completed run. `tasks` and `macro` are those of its last evaluation."""
     study, progress = finished.study, finished.progress
     prepared = finished.prepared
     one = next(iter(prepared.values()))
@@ -185,7 +181,7 @@ def build(finished: Finished, *, total_seconds: float) -> Report:
         seconds=Seconds(
             encode=round(progress.seconds["encode"], 3),
             train=round(progress.seconds["train"], 3),
-            total=round(total_seconds, 3),
+            total=round(progress.seconds["total"], 3),
         ),
     )
 

@@ -32,7 +32,11 @@ APP: dict[str, Any] = {
     "fab-include": list(INCLUDED),
     "components": {"serverapp": "server.app:app", "clientapp": "client.relay.app:app"},
     "config": {
-        "study": "demo", "out-dir": "", "run-id": "", "resume": False, "coordinator-key": "",
+        "study": "demo",
+        "out-dir": "",
+        "run-id": "",
+        "resume": False,
+        "coordinator-key": "",
     },
 }
 """The section [tool.flwr.app] of pyproject.toml (tested to be equal)."""

@@ -117,7 +117,8 @@ class _Session:
             "RAY_TMPDIR": str(private),
         }
         self.watched: dict[str, subprocess.Popen[bytes]] = {}
-        self._lines = 0
+        # Of rounds.jsonl, those that were shown: in an earlier session already.
+        self._lines = len(_read_lines(run.out)) if run.resume else 0
 
     def run_to_end(self) -> None:
         (self.private / "flower").mkdir()
@@ -222,14 +223,11 @@ class _Session:
                 time.sleep(_TICK_SECONDS)
 
     def _show(self, ask: Callable[..., bytes]) -> None:
-        path = self.run.out / "rounds.jsonl"
-        if path.exists():
-            lines = path.read_text().splitlines(keepends=True)
-            for text in lines[self._lines :]:
-                if not text.endswith("\n"):
-                    break
-                self._lines += 1
-                self.display.line(json.loads(text))
+        lines = _read_lines(self.run.out)
+        self._lines = min(self._lines, len(lines))  # a resumed run drops lines without checkpoint
+        for text in lines[self._lines :]:
+            self._lines += 1
+            self.display.line(json.loads(text))
         with contextlib.suppress(grpc.RpcError, ValueError, TypeError):
             status = json.loads(ask(b"", timeout=1.0))
             sites = status.get("sites", []) if isinstance(status, Mapping) else status
@@ -278,6 +276,13 @@ class _Session:
             found = json.loads(listed.stdout[listed.stdout.index("{") :])["runs"][0]
             return f"{found['status']} {found.get('status-details', '')}".strip()
         return "without a report"
+
+
+def _read_lines(out: Path) -> list[str]:
+    """The complete lines of rounds.jsonl."""
+    path = out / "rounds.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [line for line in lines if line.endswith("\n")]
 
 
 def _free_port() -> int:

@@ -50,8 +50,13 @@ class Family:
         """Starts a member whose output goes to `log`."""
         with log.open("ab") as output:
             child = subprocess.Popen(
-                list(command), cwd=cwd, env={**env, _MARK: self._token}, stdin=subprocess.DEVNULL,
-                stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                list(command),
+                cwd=cwd,
+                env={**env, _MARK: self._token},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         self._children.append(child)
         return child
@@ -74,7 +79,9 @@ class Family:
         handlers = _ignore_interrupts()
         try:
             for sign, seconds in (
-                (signal.SIGTERM, self.grace_seconds), (signal.SIGKILL, 5.0), (signal.SIGKILL, 5.0)
+                (signal.SIGTERM, self.grace_seconds),
+                (signal.SIGKILL, 5.0),
+                (signal.SIGKILL, 5.0),
             ):
                 if self._signal(sign, seconds):
                     return

@@ -30,8 +30,9 @@ def show(report: Report, out: Path, console: Console) -> None:
     if any(t.auroc is None for t in report.tasks.values()):
         console.print("–: the noise, or too few patients, leave nothing to say", style="dim")
     if report.simulation_exact:
-        exact = _table("exact, in this simulation; no hospital releases it", "task", "AUROC",
-                       *_OTHERS)
+        exact = _table(
+            "exact, in this simulation; no hospital releases it", "task", "AUROC", *_OTHERS
+        )
         for name, values in report.simulation_exact.tasks.items():
             exact.add_row(
                 name,
@@ -43,8 +44,11 @@ def show(report: Report, out: Path, console: Console) -> None:
     for site in report.sites:
         spent = site.epsilon_by_population
         sites.add_row(
-            site.name, _epsilon(spent.get("train")), _epsilon(spent.get("validation")),
-            f"{site.delta:g}" if report.privacy.mode != "none" else "–", str(site.steps),
+            site.name,
+            _epsilon(spent.get("train")),
+            _epsilon(spent.get("validation")),
+            f"{site.delta:g}" if report.privacy.mode != "none" else "–",
+            str(site.steps),
             f"did not take part: {site.refused}" if site.refused else "",
         )
     console.print(sites)

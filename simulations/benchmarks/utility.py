@@ -49,8 +49,15 @@ def model_auroc(
     if (out / "report.json").exists():
         report = read_report(out)
     else:
-        report = simulate(study, shards, out, epsilon=epsilon, private=epsilon is not None,
-                          seed=seed, resume=(out / "checkpoint").exists())
+        report = simulate(
+            study,
+            shards,
+            out,
+            epsilon=epsilon,
+            private=epsilon is not None,
+            seed=seed,
+            resume=(out / "checkpoint").exists(),
+        )
     exact = report.simulation_exact
     assert exact is not None
     value = exact.tasks[task].auroc
@@ -65,7 +72,9 @@ def baseline_auroc(
     folders = find_shards(shards)
     parts = [
         load_sites(
-            [folders[name]], task, [site.patients_declared],
+            [folders[name]],
+            task,
+            [site.patients_declared],
             trains_at(out / "sites" / name, study.evaluation.validation_fraction).__getitem__,
         )
         for name, site in study.federation.sites.items()
@@ -91,8 +100,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     study, console = Study.load(given.study), Console()
     table = Table(title=f"{given.study}, {given.task}: exact AUROC of held-out patients")
-    for column in ("ε", "model", "per seed", "DP logistic regression", "per seed", "difference",
-                   "standard error"):
+    for column in (
+        "ε",
+        "model",
+        "per seed",
+        "DP logistic regression",
+        "per seed",
+        "difference",
+        "standard error",
+    ):
         table.add_column(column)
     rows = []
     for text in given.epsilon:
@@ -107,9 +123,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         error = difference.std(ddof=1) / math.sqrt(len(difference)) if given.seeds > 1 else math.nan
         rows.append({"epsilon": text, "model": model, "baseline": baseline})
         table.add_row(
-            text, f"{np.mean(model):.4f}", " ".join(f"{v:.3f}" for v in model),
-            f"{np.mean(baseline):.4f}", " ".join(f"{v:.3f}" for v in baseline),
-            f"{difference.mean():+.4f}", f"{error:.4f}",
+            text,
+            f"{np.mean(model):.4f}",
+            " ".join(f"{v:.3f}" for v in model),
+            f"{np.mean(baseline):.4f}",
+            " ".join(f"{v:.3f}" for v in baseline),
+            f"{difference.mean():+.4f}",
+            f"{error:.4f}",
         )
     (given.out / "utility.json").write_text(json.dumps(rows, indent=1))
     console.print(table)

@@ -18,8 +18,16 @@ from PIL import Image
 from client.site.shard.shard import write_shard
 
 NAMES = (
-    "riverside", "northgate", "lakeview", "st-clara", "hillcrest", "eastmoor", "westbrook",
-    "oakfield", "harbour", "summit",
+    "riverside",
+    "northgate",
+    "lakeview",
+    "st-clara",
+    "hillcrest",
+    "eastmoor",
+    "westbrook",
+    "oakfield",
+    "harbour",
+    "summit",
 )
 PATIENTS = 250
 TASKS = ("mortality", "pneumonia", "kidney_injury")
@@ -89,29 +97,44 @@ def _write_hospital(path: Path, name: str, patients: int, rng: np.random.Generat
                 f"y_{task}": bool(rng.random() < 1 / (1 + np.exp(-risk[task]))) if seen else None
                 for task, seen in zip(TASKS, known, strict=True)
             }
-            records.append({
-                "record_id": f"{stay}-r", "patient_id": patient, "stay_id": stay,
-                "cutoff_hours": 24.0, "age": round(age, 1), "sex": sex, **labels,
-            })
+            records.append(
+                {
+                    "record_id": f"{stay}-r",
+                    "patient_id": patient,
+                    "stay_id": stay,
+                    "cutoff_hours": 24.0,
+                    "age": round(age, 1),
+                    "sex": sex,
+                    **labels,
+                }
+            )
             events += _events(stay, state, shift, rng)
             if rng.random() < has_notes:
                 notes.append(_note(stay, state, rng))
             if rng.random() < has_images:
                 place = f"images/{stay}.jpg"
                 files[place] = _picture(lung, rng)
-                images.append({
-                    "stay_id": stay, "hours": round(float(rng.uniform(0, 20)), 2),
-                    "path": place, "view": "AP",
-                })
+                images.append(
+                    {
+                        "stay_id": stay,
+                        "hours": round(float(rng.uniform(0, 20)), 2),
+                        "path": place,
+                        "view": "AP",
+                    }
+                )
     write_shard(
         path,
         meta={
-            "name": f"Synthetic hospital {name}", "hospital": name,
-            "dataset": "Fedward synthetic cohort", "licence": "CC0-1.0",
+            "name": f"Synthetic hospital {name}",
+            "hospital": name,
+            "dataset": "Fedward synthetic cohort",
+            "licence": "CC0-1.0",
             "attribution": "made by simulations/cohort/synthetic.py",
         },
         records=pl.DataFrame(records, infer_schema_length=None),
-        events=pl.DataFrame(events), notes=pl.DataFrame(notes), images=pl.DataFrame(images),
+        events=pl.DataFrame(events),
+        notes=pl.DataFrame(notes),
+        images=pl.DataFrame(images),
         files=files,
     )
 
@@ -129,13 +152,25 @@ def _events(
         values = level + noise * rng.normal(size=len(hours))
         low, high = _RANGE.get(series, (0.1, 300.0))
         rows += [
-            {"stay_id": stay, "hours": float(h), "source": source, "series": series,
-             "value": round(float(np.clip(v, low, high)), 3)}
+            {
+                "stay_id": stay,
+                "hours": float(h),
+                "source": source,
+                "series": series,
+                "value": round(float(np.clip(v, low, high)), 3),
+            }
             for h, v in zip(hours, values, strict=True)
         ]
     if rng.random() < 1 / (1 + np.exp(-(state[0] - 1))):
-        rows.append({"stay_id": stay, "hours": round(float(rng.uniform(0, 24)), 3),
-                     "source": "procedure", "series": "mechanical_ventilation", "value": 1.0})
+        rows.append(
+            {
+                "stay_id": stay,
+                "hours": round(float(rng.uniform(0, 24)), 3),
+                "source": "procedure",
+                "series": "mechanical_ventilation",
+                "value": 1.0,
+            }
+        )
     return rows
 
 
@@ -145,8 +180,12 @@ def _note(stay: str, state: np.ndarray, rng: np.random.Generator) -> dict[str, o
         for value, (there, absent) in zip(state, _WORDS.values(), strict=True)
     ]
     rng.shuffle(parts)
-    return {"stay_id": stay, "hours": round(float(rng.uniform(0, 22)), 2), "category": "nursing",
-            "text": f"Assessment: {'; '.join(parts)}."}
+    return {
+        "stay_id": stay,
+        "hours": round(float(rng.uniform(0, 22)), 2),
+        "category": "nursing",
+        "text": f"Assessment: {'; '.join(parts)}.",
+    }
 
 
 def _picture(lung: float, rng: np.random.Generator, size: int = 64) -> bytes:

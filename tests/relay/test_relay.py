@@ -97,9 +97,7 @@ time.sleep(20)
 """
 
 
-def test_relays_start_one_daemon(
-    tmp_path_factory: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_relays_start_one_daemon(tmp_path_factory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     home = tmp_path_factory.mktemp("h")
     monkeypatch.setenv("FEDWARD_HOME", str(home))
     monkeypatch.setenv("PYTHONPATH", "/the/bundle")
@@ -117,9 +115,7 @@ def test_relays_start_one_daemon(
     assert (home / "starts").read_text().splitlines() == [f"None {home}"]
 
 
-def test_a_daemon_that_ends_is_explained(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_daemon_that_ends_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDWARD_HOME", str(tmp_path))
     with pytest.raises(local.LocalDaemonError, match=r"(?s)ended with 1; log: .*no room left"):
         local.local_socket([sys.executable, "-c", "import sys; sys.exit('no room left')"])

@@ -135,8 +135,12 @@ class World:
         chosen = study or self.study
         (self.folder / out).mkdir(exist_ok=True)
         exchange = Exchange(
-            self.grid, Identity.open(self.folder / "coordinator.key"), chosen, run,
-            clock=self.clock, sleep=self.clock.sleep,
+            self.grid,
+            Identity.open(self.folder / "coordinator.key"),
+            chosen,
+            run,
+            clock=self.clock,
+            sleep=self.clock.sleep,
         )
         return Federation(exchange, chosen, self.folder / out, clock=self.clock, **more)
 

@@ -66,17 +66,24 @@ class FakeSites:
         if request.kind == "roster":
             return {
                 "sites": [{"name": n, "public_key": k.public} for n, k in self.keys.items()],
-                "version": "0", "code_hash": "",
+                "version": "0",
+                "code_hash": "",
             }, {}
         if request.kind == "prepare":
             self.study = Study.model_validate_json(request.study or "")
             return {
                 "ready": True,
-                "spec": {"trainable_parameters": int(np.prod(self.shape)) + 2, "bytes": 56,
-                         "slm": {"name": "nano", "revision": None, "sha256": "00",
-                                 "embedded": True},
-                         "lora": None, "designated": [3], "dims": {"age": 3}},
-                "encoders": {"age": "demographics"}, "slm": {"name": "nano"}, "simulated": True,
+                "spec": {
+                    "trainable_parameters": int(np.prod(self.shape)) + 2,
+                    "bytes": 56,
+                    "slm": {"name": "nano", "revision": None, "sha256": "00", "embedded": True},
+                    "lora": None,
+                    "designated": [3],
+                    "dims": {"age": 3},
+                },
+                "encoders": {"age": "demographics"},
+                "slm": {"name": "nano"},
+                "simulated": True,
                 "public_key": self.keys[request.site].public,
             }, {}
         if request.kind == "initialise":

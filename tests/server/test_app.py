@@ -28,8 +28,10 @@ def test_tasks_and_sites_stand_in_the_order_that_sites_see(tmp_path: Path) -> No
     path.write_text(study.to_toml())
     read = Settings.read({"study": str(path), "out-dir": str(tmp_path)}).study
     seen = Study.model_validate_json(study.canonical())
-    assert list(read.tasks) == list(seen.tasks) != list(study.tasks)
-    assert list(read.federation.sites) == list(seen.federation.sites)
+    assert list(read.tasks) == list(seen.tasks) == list(study.tasks)
+    assert (
+        list(read.federation.sites) == list(seen.federation.sites) == list(study.federation.sites)
+    )
     assert read.hash == study.hash
 
 

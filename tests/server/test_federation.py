@@ -89,6 +89,7 @@ def test_lost_node_is_routed_around(world: Any) -> None:
 
 def test_a_dead_worker_beside_a_slow_one(world: Any) -> None:
     """The only living node is busy longer than the patience for unreachable sites."""
+
     def fate(node: int, envelope: Any) -> Any:
         if b'"kind":"train"' not in envelope.header:
             return None
@@ -120,7 +121,8 @@ def test_quorum_goes_on_without_a_silent_site(world: Any) -> None:
     world.grid.fate = lambda node, envelope: (
         "lost"
         if (r := Request.model_validate_json(envelope.header)).kind == "train"
-        and r.site == "alpha" and r.round == 2
+        and r.site == "alpha"
+        and r.round == 2
         else None
     )
     world.federation().run()
@@ -232,9 +234,7 @@ def test_refusals_at_prepare(world: Any) -> None:
     finished = world.federation().run()
     assert finished.progress.refused == {"beta": "study-unapproved"}
     assert not any(c[:2] == ("train", "beta") for c in world.sites.calls)
-    world.sites.behave = lambda request: (
-        "patients-too-few" if request.kind == "prepare" else None
-    )
+    world.sites.behave = lambda request: "patients-too-few" if request.kind == "prepare" else None
     with pytest.raises(FederationError, match="alpha patients-too-few"):
         world.federation("other").run()
 

@@ -25,9 +25,7 @@ def test_weighted_mean_renormalises_and_accumulates_in_double() -> None:
 def test_fedavg_with_unit_rate_is_the_mean() -> None:
     current = {"w": np.ones(3, np.float32)}
     mean = {"w": np.array([1 / 3, 2.0, 1e-9])}
-    np.testing.assert_array_equal(
-        FedAvg().step(current, mean)["w"], mean["w"].astype(np.float32)
-    )
+    np.testing.assert_array_equal(FedAvg().step(current, mean)["w"], mean["w"].astype(np.float32))
 
 
 def test_fedadam_is_algorithm_two() -> None:

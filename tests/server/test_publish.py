@@ -89,7 +89,7 @@ def described(of: Study, spec: dict[str, Any], *, simulated: bool = False) -> re
         evaluations=[{"round": 10, "sites": ["north", "south"], "metrics": metrics}],
     )
     body = {"spec": spec, "encoders": ENCODERS, "simulated": simulated}
-    return report.build(Finished(of, "run", {}, progress, {"north": body}), total_seconds=1)
+    return report.build(Finished(of, "run", {}, progress, {"north": body}))
 
 
 def published(out: Path, of: Study, **options: Any) -> Path:

@@ -61,7 +61,7 @@ def finished(*, private: bool = True, simulated: bool = True) -> Finished:
         releases={"a": 1},
         evaluations=[{"round": 11, "sites": ["a"], "metrics": metrics}],
         bytes_up_per_round=1234,
-        seconds={"encode": 1.0, "train": 2.0},
+        seconds={"encode": 1.0, "train": 2.0, "total": 4.5},
         refused={"b": "budget-exhausted"},
     )
     body = {"spec": SPEC, "encoders": {"lab": "series: eleven"}, "simulated": simulated}
@@ -74,7 +74,7 @@ def as_json(made: report.Report, folder: Path) -> dict[str, Any]:
 
 
 def test_the_stable_fields_are_there(tmp_path: Path) -> None:
-    made = report.build(finished(), total_seconds=4.5)
+    made = report.build(finished())
     said = as_json(made, tmp_path)
     assert said["fedward"]
     assert said["study"]["name"] == "small"
@@ -105,7 +105,7 @@ def test_the_stable_fields_are_there(tmp_path: Path) -> None:
 
 
 def test_a_site_that_never_answered_is_stated_at_its_reserved_price() -> None:
-    silent = report.build(finished(), total_seconds=1).sites[1]
+    silent = report.build(finished()).sites[1]
     assert silent.refused == "budget-exhausted"
     assert silent.epsilon_by_population == silent.epsilon_reserved
     assert silent.epsilon == max(v for v in silent.epsilon_reserved.values() if v)
@@ -113,7 +113,7 @@ def test_a_site_that_never_answered_is_stated_at_its_reserved_price() -> None:
 
 
 def test_without_privacy_epsilon_is_null(tmp_path: Path) -> None:
-    said = as_json(report.build(finished(private=False), total_seconds=1), tmp_path)
+    said = as_json(report.build(finished(private=False)), tmp_path)
     assert said["privacy"]["mode"] == "none"
     for site in said["sites"]:
         assert site["epsilon"] is None
@@ -136,12 +136,12 @@ def test_exact_metrics_enter_the_report_of_a_simulation_only(tmp_path: Path) -> 
     }
     macro = {"auroc": 0.8, "auprc": 0.4, "interval": {"auroc": [0.7, 0.9], "auprc": None}}
     exact = {"tasks": {"death": task}, "macro": macro, "patients": 90, "records": 100, "sites": {}}
-    report.write(tmp_path, report.build(finished(), total_seconds=1))
+    report.write(tmp_path, report.build(finished()))
     report.attach_exact(tmp_path, exact)
     said = json.loads((tmp_path / "report.json").read_text())
     assert said["simulation_exact"]["tasks"]["death"]["interval"]["auroc"] == [0.7, 0.9]
     assert said["simulation_exact"]["macro"]["auroc"] == 0.8
-    report.write(tmp_path, report.build(finished(simulated=False), total_seconds=1))
+    report.write(tmp_path, report.build(finished(simulated=False)))
     with pytest.raises(FedwardError, match="never leave a hospital"):
         report.attach_exact(tmp_path, exact)
 

@@ -49,7 +49,9 @@ def test_two_nodes_serve_four_hospitals() -> None:
             log = base / f"run-{attempt}.log"
             submitted = family.start(
                 [str(binaries / "flwr"), "run", str(REPOSITORY), "--stream"],
-                env=env, cwd=base / "neutral", log=log,
+                env=env,
+                cwd=base / "neutral",
+                log=log,
             )
             while submitted.poll() is None:
                 family.watch()
@@ -61,7 +63,10 @@ def test_two_nodes_serve_four_hospitals() -> None:
         report = json.loads(reports[0].read_text())
         assert report["status"] == "completed"
         assert sorted(s["name"] for s in report["sites"]) == [
-            "lakeview", "northgate", "riverside", "st-clara"
+            "lakeview",
+            "northgate",
+            "riverside",
+            "st-clara",
         ]
         assert all(s["steps"] == 50 for s in report["sites"])
         assert all(0 < s["epsilon"] <= 8 for s in report["sites"])

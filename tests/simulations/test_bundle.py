@@ -21,8 +21,14 @@ def names(fab: bytes) -> set[str]:
 
 def test_the_bundle_holds_no_site(tmp_path: Path) -> None:
     held = names(build_fab_from_disk(assemble(tmp_path / "app")))
-    assert {"server/app.py", "client/relay/app.py", "common/study.py", "client/__init__.py",
-            "simulations/studies/demo.toml", "pyproject.toml"} <= held
+    assert {
+        "server/app.py",
+        "client/relay/app.py",
+        "common/study.py",
+        "client/__init__.py",
+        "simulations/studies/demo.toml",
+        "pyproject.toml",
+    } <= held
     allowed = ("server/", "common/", "client/relay/", "simulations/studies/")
     others = {n for n in held if not n.startswith(allowed)}
     assert others == {"pyproject.toml", "client/__init__.py", "simulations/__init__.py"}

@@ -47,7 +47,11 @@ def test_a_failed_run_is_an_error_with_its_reason(
     run = fake_run(quorum=1.0, startup_seconds=3)
     without = [sys.executable, str(HERE.parent / "server" / "fake_sites.py")]
     short = Run(
-        run.study, run.out, run.run_id, False, run.coordinator_key,
+        run.study,
+        run.out,
+        run.run_id,
+        False,
+        run.coordinator_key,
         lambda socket: [*without, str(socket), str(tmp_path / "keys"), "0", "alpha", "beta"],
     )
     with pytest.raises(LaunchError, match=r"(?s)appeared in 3 s.*logs: "):
@@ -60,7 +64,11 @@ def test_a_failed_run_is_an_error_with_its_reason(
 def test_a_daemon_that_ends_is_quoted(fake_run: Any) -> None:
     run = fake_run()
     broken = Run(
-        run.study, run.out, run.run_id, False, run.coordinator_key,
+        run.study,
+        run.out,
+        run.run_id,
+        False,
+        run.coordinator_key,
         lambda socket: [sys.executable, "-c", "import sys; sys.exit('no records.parquet')"],
     )
     with pytest.raises(LaunchError, match=r"(?s)daemon ended with exit code 1.*no records.parquet"):
@@ -96,10 +104,21 @@ def test_interrupted_at_any_time_leaves_no_process(
     fake = HERE.parent / "server" / "fake_sites.py"
     output = (tmp_path / "output").open("w+")
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(tmp_path / "in.toml"), str(tmp_path), str(fake), "2",
-         *names],
-        stdout=output, stderr=subprocess.STDOUT, cwd=REPOSITORY,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"}, start_new_session=True,
+        [
+            sys.executable,
+            "-c",
+            SCRIPT,
+            str(tmp_path / "in.toml"),
+            str(tmp_path),
+            str(fake),
+            "2",
+            *names,
+        ],
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        start_new_session=True,
     )
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:

@@ -52,7 +52,9 @@ def test_an_error_inside_ends_it_too(tmp_path: Path) -> None:
         with Family() as family:
             child = family.start(
                 [sys.executable, "-c", "import time; time.sleep(100)"],
-                env=os.environ, cwd=tmp_path, log=tmp_path / "log",
+                env=os.environ,
+                cwd=tmp_path,
+                log=tmp_path / "log",
             )
             pid = child.pid
             raise RuntimeError
