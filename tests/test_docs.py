@@ -35,6 +35,14 @@ def test_every_key_of_a_study_is_documented(part: type[study.Part]) -> None:
         ), f"{part.__name__}.{name} is not in docs/study.md"
 
 
+def test_the_example_study_can_be_resolved() -> None:
+    _, _, rest = (DOCS / "study.md").read_text().partition("```toml\n")
+    example = study.Study.from_toml(rest.partition("```")[0])
+    settled = study.resolve(example, sites={"north": None, "south": None})
+    assert settled.resolved
+    assert settled.federation.sites["south"].patients_declared == 200
+
+
 @pytest.mark.parametrize("encoder", study.EMBEDDED_ENCODERS)
 def test_every_embedded_encoder_is_documented(encoder: str) -> None:
     assert f"`{encoder}`" in (DOCS / "study.md").read_text()
