@@ -87,8 +87,15 @@ def simulate(
         return daemon_command(config)
 
     run_id = f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    with Display(console, settled.federation.rounds) as display:
-        launch(Run(settled, folder, run_id, resume, key, daemon), display)
+    try:
+        with Display(console, settled.federation.rounds) as display:
+            launch(Run(settled, folder, run_id, resume, key, daemon), display)
+    except KeyboardInterrupt:
+        again = (
+            "--resume goes on" if (folder / "checkpoint").exists() else "nothing was trained yet"
+        )
+        console.print(f"interrupted; all that was started has ended; {again}", highlight=False)
+        raise
     attribute(folder, origins)
     report = attach_exact(folder, pooled_exact({n: folder / "sites" / n for n in roster}))
     if why := {n: s for n, s in stories(folder).items() if n in _refused(report)}:

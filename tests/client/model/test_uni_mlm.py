@@ -215,7 +215,8 @@ class TestLoading:
             load_slm(Model(slm=str(tmp_path)))
 
     def test_unreachable_id_says_what_to_do(self, monkeypatch) -> None:
-        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        # The variable HF_HUB_OFFLINE is read on import; without it, the hub is asked for 30 s.
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         with pytest.raises(ModelError, match=r"cannot be loaded[\s\S]*HF_HUB_OFFLINE"):
             load_slm(Model(slm="nobody/nothing", revision="0" * 40))
 
