@@ -7,7 +7,7 @@ from pathlib import Path
 from simulations.stories import stories, told
 
 DAEMON = """\
-2026-11-22 04:06:20,001 INFO ready: 2 sites on /tmp/x
+2026-11-22 04:06:20,001 INFO ready: 2 sites on site.sock
 2026-11-22 04:06:21,357 ERROR error: site north refused prepare 0: data-problem: i.parquet, row 2: \
 unreadable image
   cure: give a readable file
