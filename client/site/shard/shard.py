@@ -179,17 +179,22 @@ def write_shard(
         except ShardError as error:
             message = str(error).partition("\n  cure: ")[0].replace(str(making), str(path))
             raise ShardError(message, cure=error.cure) from None
-        making.chmod(0o755)
-        if path.exists():
-            old = Path(mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-            path.rename(old / "shard")
-            making.rename(path)
-            shutil.rmtree(old)
-        else:
-            making.rename(path)
+        replace_folder(making, path)
     finally:
         shutil.rmtree(making, ignore_errors=True)
     return Shard.open(path)
+
+
+def replace_folder(made: Path, path: Path) -> None:
+    """Moves a finished folder to its place; what lies there goes in the same moment."""
+    made.chmod(0o755)
+    if not path.exists():
+        made.rename(path)
+        return
+    old = Path(mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+    path.rename(old / "shard")
+    made.rename(path)
+    shutil.rmtree(old)
 
 
 def _read(path: Path) -> tuple[Shard | None, list[ShardError]]:

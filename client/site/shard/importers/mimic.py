@@ -1,0 +1,586 @@
+"""MIMIC-IV v2.2 and v3.1 in their published layout, with MIMIC-IV-Note and MIMIC-CXR-JPG.
+
+A stay is a hospital admission with at least one stay in intensive care. With images, each X-ray
+study taken during a stay is a record, as in HAIM and UNI-MLM; without, a fixed hour is, as in
+AdaCoMed. When an input became available: `storetime`, where there is one, for laboratory values,
+vital signs and notes (a report without it is left out: its own time is that of the image it
+describes); `starttime` for procedures, whose value is known only at the end and enters as 1; study
+date and time for images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from client.site.shard.contract import EVENT_SOURCES
+from client.site.shard.importers.mimic_items import ITEMS
+from client.site.shard.importers.staging import Options, Staging, workplace, write_shards
+from client.site.shard.importers.tables import (
+    Progress,
+    find_table,
+    parse_id,
+    parse_number,
+    parse_times,
+    read_whole,
+    scan,
+)
+from client.site.shard.importers.tally import Tally
+from client.site.shard.importers.timeline import (
+    PATHOLOGY_TASKS,
+    at_hour,
+    find_stay,
+    outcomes,
+    site_of_patient,
+    without_objectors,
+)
+from client.site.shard.importers.units import to_canonical
+from common.errors import ShardError
+
+PLANNED = ("ELECTIVE", "SURGICAL SAME DAY ADMISSION", "AMBULATORY OBSERVATION")
+"""Admission types that are no unplanned readmission."""
+DEFAULT_HOUR = 48.0
+META = {
+    "dataset": "MIMIC-IV",
+    "licence": "the data use agreement under which MIMIC-IV was obtained from PhysioNet",
+    "attribution": "Johnson A, Bulgarelli L, Pollard T, Gow B, Moody B, Horng S, Celi LA, Mark R. "
+    "MIMIC-IV. PhysioNet. https://doi.org/10.13026/kpb9-mt58",
+}
+"""What shard.toml says of the origin."""
+
+_METADATA = "mimic-cxr-2.0.0-metadata"
+_CHEXPERT = "mimic-cxr-2.0.0-chexpert"
+_JPEG_BEGINS, _JPEG_ENDS = b"\xff\xd8", b"\xff\xd9"
+_BROKEN = ("the file is not on disk", "the file is no JPEG", "the JPEG is cut off")
+_NOTES = ("radiology", "discharge")
+_FEW_PATIENTS = 500
+_EVENT_COLUMNS = ("subject_id", "hadm_id", "itemid")
+
+
+@dataclass(frozen=True)
+class MimicSource:
+    """Where the modules lie, and what to make of them.
+
+    Attributes:
+        root: Folder with `hosp` and `icu`.
+        notes: MIMIC-IV-Note: the folder with `note`, or that folder itself.
+        cxr: MIMIC-CXR-JPG: the folder with metadata, CheXpert labels and `files`.
+        hour: Records at this hour of each stay; None takes X-ray times where there are images,
+            else hour 48.
+        exclude_early_discharges: See `timeline.outcomes`.
+    """
+
+    root: Path
+    notes: Path | None = None
+    cxr: Path | None = None
+    hour: float | None = None
+    exclude_early_discharges: bool = False
+
+
+def import_mimic_iv(
+    source: MimicSource,
+    dest: Path,
+    options: Options,
+    *,
+    objectors: Collection[int] = (),
+    overwrite: bool = False,
+    progress: Progress = lambda *_: None,
+) -> tuple[list[Path], Tally]:
+    """Imports MIMIC-IV into shards.
+
+    Args:
+        dest: The shard, or with several sites the folder of shards: whole afterwards, or absent.
+        objectors: subject_id of patients who are never imported.
+
+    Returns:
+        Folders of the shards, and what was read, kept and skipped.
+
+    Raises:
+        ShardError: A table is missing or cannot be read, or `dest` may not be written.
+    """
+    tally = Tally()
+    hosp, icu = _modules(source.root)
+    with workplace(dest, overwrite=overwrite) as place:
+        every_stay = _stays(hosp, icu, objectors, tally)
+        images = _images(source.cxr, objectors, tally) if source.cxr else None
+        stays = every_stay.filter(pl.col("unit").is_not_null())
+        tally.skip("admissions", "no stay in intensive care", every_stay.height - stays.height)
+        tally["admissions"].kept += stays.height
+        by_image = images is not None and source.hour is None
+        if images is not None and by_image:
+            records = _at_images(images, stays, tally)
+            records = _pathologies(records, source.cxr, tally)
+        else:
+            records = at_hour(stays, source.hour or DEFAULT_HOUR, tally)
+        records = outcomes(
+            records,
+            stays,
+            every_stay,
+            exclude_early_discharges=source.exclude_early_discharges,
+        )
+        _check_items(hosp, icu, tally)
+        large = [find_table(hosp, "labevents", required=False)]
+        large += [
+            find_table(icu, name, required=False) for name in ("chartevents", "procedureevents")
+        ]
+        notes = _note_tables(source.notes)
+        staging = Staging(
+            place / "staging", sum(f.stat().st_size for f in (*large, *notes.values()) if f)
+        )
+        patients = stays["patient"].unique()
+        for file, kind, stage in zip(
+            large, ("lab", "chart", "procedure"), (_values, _values, _procedures), strict=True
+        ):
+            if file is None:
+                tally.remarks.append(f"no table for {kind}: the source is absent in every record")
+                continue
+            for events in stage(file, kind, patients, tally, progress):
+                staging.add("events", file.name.partition(".")[0], events)
+        for name, file in notes.items():
+            for texts in _texts(file, name, patients, tally, progress):
+                staging.add("notes", name, texts)
+        if images is not None:
+            staging.add("images", "images", _on_disk(images, stays, tally, progress))
+        _remark_size(patients.len(), tally)
+        written = write_shards(
+            dest,
+            place,
+            stays,
+            records,
+            site_of_patient(stays, options.sites),
+            staging,
+            options,
+            tally,
+            _about(source, options),
+            progress,
+        )
+    return written, tally
+
+
+# -- stays ------------------------------------------------------------------------------------
+
+
+def _modules(root: Path) -> tuple[Path, Path]:
+    hosp, icu = root / "hosp", root / "icu"
+    for folder in (hosp, icu):
+        if not folder.is_dir():
+            raise ShardError(
+                f"{root} has no folder {folder.name}",
+                cure="give the folder of MIMIC-IV that holds hosp and icu",
+            )
+    return hosp, icu
+
+
+def _stays(hosp: Path, icu: Path, objectors: Collection[int], tally: Tally) -> pl.DataFrame:
+    """All admissions in the form of `timeline`; `unit` is null without intensive care."""
+    patients = read_whole(
+        find_file(hosp, "patients"),
+        "patients",
+        ("subject_id", "gender", "anchor_age", "anchor_year"),
+        tally,
+    ).select(
+        parse_id("subject_id").alias("patient"),
+        pl.col("gender").alias("sex"),
+        parse_number("anchor_age").alias("anchor_age"),
+        parse_number("anchor_year").alias("anchor_year"),
+    )
+    patients = _of_patients(patients, "patients", objectors, tally)
+    patients = tally.unique("patients", patients, ["patient"])
+    tally["patients"].kept += patients.height
+    admissions = read_whole(
+        find_file(hosp, "admissions"),
+        "admissions",
+        (
+            "subject_id",
+            "hadm_id",
+            "admittime",
+            "dischtime",
+            "deathtime",
+            "admission_type",
+            "hospital_expire_flag",
+        ),
+        tally,
+    )
+    stays = parse_times(admissions, "admittime", "dischtime", "deathtime").select(
+        parse_id("hadm_id").alias("stay"),
+        parse_id("subject_id").alias("patient"),
+        pl.col("admittime").alias("begin"),
+        pl.col("dischtime").alias("end"),
+        pl.col("deathtime").alias("died_at"),
+        pl.col("admission_type").is_in(PLANNED).fill_null(False).alias("planned"),
+        (parse_number("hospital_expire_flag") == 1).fill_null(False).alias("died"),
+    )
+    stays = _of_patients(stays, "admissions", objectors, tally)
+    stays = tally.unique("admissions", stays, stays.columns)
+    if (twice := stays.filter(pl.col("stay").is_duplicated())).height:
+        raise ShardError(
+            f"{find_file(hosp, 'admissions')}: hadm_id {twice['stay'][0]} is given twice with "
+            f"different contents (and {twice['stay'].n_unique() - 1} others)",
+            cure="keep one row per admission",
+        )
+    begin, end, died_at = pl.col("begin"), pl.col("end"), pl.col("died_at")
+    stays = tally.split(
+        "admissions",
+        stays.join(patients, on="patient", how="left", maintain_order="left"),
+        ("no hadm_id", pl.col("stay").is_null()),
+        ("the patient is not in table patients", pl.col("anchor_age").is_null()),
+        ("admission or discharge time missing or unreadable", begin.is_null() | end.is_null()),
+        ("discharged before admitted", end < begin),
+        ("died before admitted", died_at < begin),
+    )
+    unclear = pl.col("died") != died_at.is_not_null()
+    tally.note(
+        "admissions",
+        "hospital_expire_flag and deathtime disagree: dead if one says so",
+        stays.filter(unclear).height,
+    )
+    return (
+        stays.with_columns(
+            stay_id=pl.col("stay").cast(pl.String),
+            died_at=pl.coalesce(died_at, pl.when(pl.col("died")).then(end)),
+            age=pl.col("anchor_age") + begin.dt.year() - pl.col("anchor_year"),
+        )
+        .join(_units(icu, objectors, tally), on="stay", how="left", maintain_order="left")
+        .select(
+            *("stay", "stay_id", "patient", "begin", "end", "died_at"),
+            *("planned", "unit", "age", "sex"),
+        )
+    )
+
+
+def _units(icu: Path, objectors: Collection[int], tally: Tally) -> pl.DataFrame:
+    """First unit of intensive care of each admission: columns stay, unit."""
+    table = read_whole(
+        find_file(icu, "icustays"),
+        "icustays",
+        ("subject_id", "hadm_id", "first_careunit", "intime"),
+        tally,
+    )
+    frame = parse_times(table, "intime").select(
+        parse_id("hadm_id").alias("stay"),
+        parse_id("subject_id").alias("patient"),
+        pl.col("first_careunit").fill_null("unknown").alias("unit"),
+        "intime",
+    )
+    frame = _of_patients(frame, "icustays", objectors, tally)
+    frame = tally.unique("icustays", frame, frame.columns)
+    tally["icustays"].kept += frame.height
+    return (
+        frame.sort("intime", nulls_last=True)
+        .unique("stay", keep="first", maintain_order=True)
+        .select("stay", "unit")
+    )
+
+
+def _of_patients(
+    frame: pl.DataFrame, table: str, objectors: Collection[int], tally: Tally
+) -> pl.DataFrame:
+    frame = tally.split(table, frame, ("no subject_id", pl.col("patient").is_null()))
+    return without_objectors(frame, table, objectors, tally)
+
+
+def find_file(folder: Path, name: str) -> Path:
+    """A table that must be there."""
+    file = find_table(folder, name)
+    assert file is not None
+    return file
+
+
+# -- events -----------------------------------------------------------------------------------
+
+
+def _check_items(hosp: Path, icu: Path, tally: Tally) -> None:
+    """Remarks on items that the dictionaries lack, or call by another name."""
+    labels: dict[int, str] = {}
+    for folder, name in ((icu, "d_items"), (hosp, "d_labitems")):
+        file = find_table(folder, name, required=False)
+        if file is None:
+            tally.remarks.append(f"no dictionary {name}: its items were not checked")
+            continue
+        frame = read_whole(file, name, ("itemid", "label"), tally)
+        tally[name].kept += frame.height
+        labels |= dict(frame.select(parse_id("itemid"), pl.col("label").fill_null("")).iter_rows())
+    for item in ITEMS:
+        label = labels.get(item.itemid)
+        if label is None:
+            tally.remarks.append(
+                f"item {item.itemid} ({item.source} {item.series}) is in no dictionary"
+            )
+        elif _plain(label) != _plain(item.label):
+            tally.remarks.append(
+                f"item {item.itemid} is called '{label}' here; read as {item.source} {item.series} "
+                f"('{item.label}')"
+            )
+
+
+def _plain(label: str) -> str:
+    return "".join(label.lower().split())
+
+
+def _items(kind: str) -> pl.DataFrame:
+    """Columns itemid, source, series of one kind."""
+    chosen = [(i.itemid, i.source, i.series) for i in ITEMS if i.source == kind]
+    return pl.DataFrame(chosen, schema=["itemid", "source", "series"], orient="row")
+
+
+def _wanted(items: pl.DataFrame) -> tuple[str, pl.Expr]:
+    texts = items["itemid"].cast(pl.String).to_list()
+    return "not a canonical series", pl.col("itemid").is_in(texts)
+
+
+def _values(
+    file: Path, kind: str, patients: pl.Series, tally: Tally, progress: Progress
+) -> Iterator[pl.DataFrame]:
+    """Blocks of `chartevents` or `labevents`: numbers in canonical units."""
+    items, table = _items(kind), file.name.partition(".")[0]
+    columns = (*_EVENT_COLUMNS, "charttime", "storetime", "valuenum", "valueuom")
+    for block in scan(file, table, columns, tally, only=_wanted(items), progress=progress):
+        frame = parse_times(block, "charttime", "storetime").with_columns(
+            parse_id("itemid"),
+            parse_id("subject_id").alias("patient"),
+            parse_id("hadm_id").alias("stay"),
+            parse_number("valuenum").alias("value"),
+            unit="valueuom",
+        )
+        frame = tally.split(
+            table,
+            frame,
+            ("patient not among the import's", ~pl.col("patient").is_in(patients.implode())),
+            ("no number", pl.col("value").is_null()),
+            ("no time", pl.col("charttime").is_null() & pl.col("storetime").is_null()),
+        )
+        late = pl.col("storetime") < pl.col("charttime")
+        tally.note(
+            table, "stored before it was measured: the later time counts", frame.filter(late).height
+        )
+        frame = frame.join(items, on="itemid", maintain_order="left").with_columns(
+            time=pl.max_horizontal("charttime", "storetime")
+        )
+        yield to_canonical(frame, table, tally)
+
+
+def _procedures(
+    file: Path, kind: str, patients: pl.Series, tally: Tally, progress: Progress
+) -> Iterator[pl.DataFrame]:
+    """Blocks of `procedureevents`: 1 when a procedure starts."""
+    items, table = _items(kind), file.name.partition(".")[0]
+    columns = (*_EVENT_COLUMNS, "starttime")
+    for block in scan(file, table, columns, tally, only=_wanted(items), progress=progress):
+        frame = parse_times(block, "starttime").with_columns(
+            parse_id("itemid"),
+            parse_id("subject_id").alias("patient"),
+            parse_id("hadm_id").alias("stay"),
+            time="starttime",
+            value=pl.lit(1.0),
+        )
+        frame = tally.split(
+            table,
+            frame,
+            ("patient not among the import's", ~pl.col("patient").is_in(patients.implode())),
+            ("no time", pl.col("time").is_null()),
+        )
+        yield frame.join(items, on="itemid", maintain_order="left")
+
+
+# -- notes ------------------------------------------------------------------------------------
+
+
+def _note_tables(folder: Path | None) -> dict[str, Path]:
+    if folder is None:
+        return {}
+    place = folder / "note" if (folder / "note").is_dir() else folder
+    found = {name: find_table(place, name, required=False) for name in _NOTES}
+    tables = {name: file for name, file in found.items() if file}
+    if not tables:
+        raise ShardError(
+            f"{place} holds neither radiology.csv.gz nor discharge.csv.gz",
+            cure="give the folder of MIMIC-IV-Note",
+        )
+    return tables
+
+
+def _texts(
+    file: Path, category: str, patients: pl.Series, tally: Tally, progress: Progress
+) -> Iterator[pl.DataFrame]:
+    """Blocks of a note table; a note counts from when it was filed."""
+    columns = ("subject_id", "hadm_id", "charttime", "storetime", "text")
+    for block in scan(file, category, columns, tally, progress=progress):
+        frame = parse_times(block, "charttime", "storetime").select(
+            parse_id("subject_id").alias("patient"),
+            parse_id("hadm_id").alias("stay"),
+            "charttime",
+            time="storetime",
+            category=pl.lit(category),
+            text=pl.col("text").str.strip_chars(),
+        )
+        yield tally.split(
+            category,
+            frame,
+            ("patient not among the import's", ~pl.col("patient").is_in(patients.implode())),
+            ("no text", pl.col("text").is_null() | (pl.col("text") == "")),
+            ("no storetime: when it could be read is not known", pl.col("time").is_null()),
+            ("filed before it was written", pl.col("time") < pl.col("charttime")),
+        )
+
+
+# -- images -----------------------------------------------------------------------------------
+
+
+def _images(folder: Path, objectors: Collection[int], tally: Tally) -> pl.DataFrame:
+    """Columns patient, stay (null), study, time, path, file, view; files that are there."""
+    file = find_file(folder, _METADATA)
+    table = read_whole(
+        file,
+        "images",
+        ("dicom_id", "subject_id", "study_id", "ViewPosition", "StudyDate", "StudyTime"),
+        tally,
+    )
+    clock = pl.col("StudyTime").str.strip_chars().str.split(".")
+    seconds = clock.list.get(0, null_on_oob=True).str.zfill(6)
+    fraction = clock.list.get(1, null_on_oob=True).fill_null("0")
+    stamp = pl.concat_str(
+        parse_id("StudyDate").cast(pl.String), pl.lit(" "), seconds, pl.lit("."), fraction
+    )
+    frame = table.select(
+        parse_id("subject_id").alias("patient"),
+        pl.lit(None, dtype=pl.Int64).alias("stay"),
+        parse_id("study_id").alias("study"),
+        stamp.str.to_datetime("%Y%m%d %H%M%S%.f", time_unit="us", strict=False).alias("time"),
+        pl.col("ViewPosition").alias("view"),
+        pl.col("dicom_id").alias("dicom"),
+    )
+    frame = _of_patients(frame, "images", objectors, tally)
+    frame = tally.split(
+        "images",
+        frame,
+        ("no dicom_id or study_id", pl.col("dicom").is_null() | pl.col("study").is_null()),
+        ("no readable StudyDate and StudyTime", pl.col("time").is_null()),
+    )
+    text = pl.col("patient").cast(pl.String)
+    inside = pl.format("files/p{}/p{}/s{}/{}.jpg", text.str.slice(0, 2), text, "study", "dicom")
+    return tally.unique("images", frame, ["dicom"]).with_columns(
+        path=inside.str.replace("^files/", "images/"),
+        file=pl.format("{}/{}", pl.lit(str(folder.absolute())), inside),
+    )
+
+
+def _on_disk(
+    images: pl.DataFrame, stays: pl.DataFrame, tally: Tally, progress: Progress
+) -> pl.DataFrame:
+    """Images of the stays whose files are there and whole."""
+    placed = tally.split(
+        "images",
+        find_stay(images, stays),
+        ("in no hospital stay of the import", pl.col("stay").is_null()),
+    )
+    files, states = placed["file"].to_list(), []
+    with ThreadPoolExecutor() as pool:
+        for number, state in enumerate(pool.map(_state_of_file, files, chunksize=256), 1):
+            states.append(state)
+            if number % 1000 == 0 or number == len(files):
+                progress("images", number, len(files))
+    return tally.split(
+        "images",
+        placed.with_columns(state=pl.Series(states, dtype=pl.String)),
+        *((reason, pl.col("state") == reason) for reason in _BROKEN),
+    )
+
+
+def _state_of_file(name: str) -> str | None:
+    """Whether a JPEG is there from its first to its last byte; decoding all would take hours."""
+    try:
+        with open(name, "rb") as file:
+            begin = file.read(2)
+            file.seek(0, 2)
+            file.seek(-min(64, file.tell()), 2)
+            end = file.read()
+    except OSError:
+        return _BROKEN[0]
+    if begin != _JPEG_BEGINS:
+        return _BROKEN[1]
+    return None if _JPEG_ENDS in end else _BROKEN[2]
+
+
+def _at_images(images: pl.DataFrame, stays: pl.DataFrame, tally: Tally) -> pl.DataFrame:
+    """One record per X-ray study during a stay, at the time of its last image."""
+    studies = (
+        images.group_by("patient", "study")
+        .agg(pl.col("time").max())
+        .sort("patient", "time", "study")
+    )
+    tally["records"].rows += studies.height
+    placed = find_stay(studies, stays).join(
+        stays.select("stay", "stay_id", "died_at"), on="stay", how="left", maintain_order="left"
+    )
+    placed = tally.split(
+        "records",
+        placed,
+        ("X-ray outside of every stay with intensive care", pl.col("stay").is_null()),
+        ("X-ray after death", pl.col("time") > pl.col("died_at")),
+    )
+    return placed.select(
+        pl.format("{}-s{}", "stay_id", "study").alias("record_id"), "stay", "study", "time"
+    )
+
+
+def _pathologies(records: pl.DataFrame, cxr: Path | None, tally: Tally) -> pl.DataFrame:
+    """Adds the ten image labels: 1 true, 0 false; uncertain (-1) and blank are unknown."""
+    assert cxr is not None
+    names = {task: task.replace("_", " ").title() for task in PATHOLOGY_TASKS}
+    table = read_whole(
+        find_file(cxr, _CHEXPERT), "chexpert", ("study_id", *names.values()), tally
+    ).with_columns(parse_id("study_id").alias("study"))
+    table = tally.split("chexpert", table, ("no study_id", pl.col("study").is_null()))
+    table = tally.unique("chexpert", table, ["study"])
+    tally["chexpert"].kept += table.height
+    values = {task: parse_number(column) for task, column in names.items()}
+    odd = pl.any_horizontal(
+        ~value.is_in([1.0, 0.0, -1.0]) | (value.is_null() & pl.col(names[task]).is_not_null())
+        for task, value in values.items()
+    )
+    tally.note("chexpert", "a label other than 1, 0, -1: unknown", table.filter(odd).height)
+    labels = table.select(
+        "study",
+        *(
+            pl.when(value.is_in([0.0, 1.0])).then(value == 1.0).alias(f"y_{task}")
+            for task, value in values.items()
+        ),
+    )
+    return records.join(labels, on="study", how="left", maintain_order="left").drop("study")
+
+
+# -- the story --------------------------------------------------------------------------------
+
+
+def _remark_size(patients: int, tally: Tally) -> None:
+    if patients < _FEW_PATIENTS:
+        tally.remarks.append(
+            f"{patients} patients: enough to try the path, too few to learn anything from"
+        )
+
+
+def _about(source: MimicSource, options: Options) -> dict[str, Any]:
+    modules = [
+        "hosp",
+        "icu",
+        *(["note"] if source.notes else []),
+        *(["cxr-jpg"] if source.cxr else []),
+    ]
+    return {
+        "source": "MIMIC-IV",
+        "options": {
+            "modules": modules,
+            "records": "X-ray studies"
+            if source.cxr and source.hour is None
+            else f"hour {source.hour or DEFAULT_HOUR:g}",
+            "exclude_early_discharges": source.exclude_early_discharges,
+            "complete_only": options.complete_only,
+            "sites": options.sites,
+            "sources": list(EVENT_SOURCES),
+        },
+    }

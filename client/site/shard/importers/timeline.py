@@ -1,0 +1,234 @@
+"""The form that every source is brought into: stays, and records with their labels.
+
+A **stay** runs from admission to discharge. A **record** is one moment of a stay: what was known by
+then goes in, what came after is predicted. Frames use these columns:
+
+* ``stays``: stay (whole number, unique), stay_id (text), patient (whole number), begin, end,
+  died_at (in hospital, else null), planned (boolean), unit (text or null: where the patient lay
+  first in intensive care, null for none), age (years), sex.
+* ``records``: record_id, stay, time, and y_<task> where the source itself has labels (images).
+
+Times are `datetime[us]`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Collection
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+import polars as pl
+
+from client.site.shard.importers.tally import Tally
+from common.errors import ShardError
+
+PATHOLOGY_TASKS = (
+    "fracture",
+    "lung_lesion",
+    "enlarged_cardiomediastinum",
+    "consolidation",
+    "pneumonia",
+    "atelectasis",
+    "lung_opacity",
+    "pneumothorax",
+    "edema",
+    "cardiomegaly",
+)
+"""UNI-MLM's ten image tasks, Table I; CheXpert labels."""
+OUTCOME_TASKS = (
+    "length_of_stay",
+    "mortality_48h",
+    "hospital_mortality",
+    "long_stay",
+    "readmission",
+)
+"""UNI-MLM's two outcomes and AdaCoMed's three."""
+
+_TWO_DAYS, _MONTH = timedelta(hours=48), timedelta(days=30)
+_LONG, _SHORT = timedelta(days=7), timedelta(days=3)
+
+
+def outcomes(
+    records: pl.DataFrame,
+    stays: pl.DataFrame,
+    every_stay: pl.DataFrame,
+    *,
+    exclude_early_discharges: bool = False,
+) -> pl.DataFrame:
+    """Adds the five outcomes to records.
+
+    * ``length_of_stay``: discharged alive within 48 h of the record (UNI-MLM, HAIM).
+    * ``mortality_48h``: died in hospital within 48 h of the record. HAIM leaves out those
+      discharged alive before (`exclude_early_discharges`); UNI-MLM counts them as negative.
+    * ``hospital_mortality``: died in this stay (AdaCoMed).
+    * ``long_stay``: stay over 7 days (true) against 3 to 7 days (false); shorter ones are unknown,
+      and so are records later than 48 h: a late record would know the answer (AdaCoMed).
+    * ``readmission``: an unplanned stay begins within 30 days after; unknown for those who died
+      (AdaCoMed).
+
+    Args:
+        every_stay: Also stays without records, in which a patient may come back.
+    """
+    nexts = every_stay.filter(~pl.col("planned")).select("patient", again="begin").sort("again")
+    # The first unplanned stay that begins after this one ends, if any.
+    facts = (
+        stays.sort("end")
+        .join_asof(
+            nexts,
+            left_on="end",
+            right_on="again",
+            by="patient",
+            strategy="forward",
+            allow_exact_matches=False,
+            check_sortedness=False,
+        )
+        .select("stay", "begin", "end", "died_at", "again")
+    )
+    end, died, time = pl.col("end"), pl.col("died_at"), pl.col("time")
+    alive, lasted = died.is_null(), end - pl.col("begin")
+    soon = end - time <= _TWO_DAYS
+    mortality = (died - time <= _TWO_DAYS).fill_null(False)
+    if exclude_early_discharges:
+        mortality = pl.when(~(alive & soon)).then(mortality)
+    return (
+        records.join(facts, on="stay", maintain_order="left")
+        .with_columns(
+            y_length_of_stay=alive & soon,
+            y_mortality_48h=mortality,
+            y_hospital_mortality=~alive,
+            y_long_stay=pl.when((lasted >= _SHORT) & (time - pl.col("begin") <= _TWO_DAYS)).then(
+                lasted > _LONG
+            ),
+            y_readmission=pl.when(alive).then((pl.col("again") - end <= _MONTH).fill_null(False)),
+        )
+        .drop("begin", "end", "died_at", "again")
+    )
+
+
+def at_hour(stays: pl.DataFrame, hour: float, tally: Tally) -> pl.DataFrame:
+    """One record per stay, `hour` hours after its begin; shorter stays have none."""
+    time = pl.col("begin") + timedelta(hours=hour)
+    lasting = tally.split(
+        "records",
+        stays,
+        (f"the stay ended before hour {hour:g}", time > pl.col("end")),
+        (f"the patient had died before hour {hour:g}", time > pl.col("died_at")),
+    )
+    tally["records"].rows += stays.height
+    return lasting.select(pl.format("{}-r", "stay_id").alias("record_id"), "stay", time=time)
+
+
+def find_stay(frame: pl.DataFrame, stays: pl.DataFrame) -> pl.DataFrame:
+    """Fills a null `stay` with the patient's stay that holds `time`; null where none does.
+
+    Args:
+        frame: Columns patient, time, and stay (may be missing).
+    """
+    if "stay" not in frame.columns:
+        frame = frame.with_columns(stay=pl.lit(None, dtype=pl.Int64))
+    lost = frame.filter(pl.col("stay").is_null())
+    if lost.is_empty():
+        return frame
+    spans = stays.select("patient", "begin", "end", found="stay").sort("begin")
+    placed = (
+        lost.drop("stay")
+        .sort("time", maintain_order=True)
+        .join_asof(
+            spans,
+            left_on="time",
+            right_on="begin",
+            by="patient",
+            strategy="backward",
+            check_sortedness=False,
+        )
+        .with_columns(stay=pl.when(pl.col("time") <= pl.col("end")).then(pl.col("found")))
+        .select(frame.columns)
+    )
+    return pl.concat([frame.filter(pl.col("stay").is_not_null()), placed])
+
+
+# -- sites ------------------------------------------------------------------------------------
+
+
+def parse_sites(text: str | None) -> Literal["care-unit"] | int | None:
+    """`care-unit`, `hash:N`, or None for one site.
+
+    Raises:
+        ShardError: It is none of these.
+    """
+    if text is None or text == "care-unit":
+        return text
+    kind, _, number = text.partition(":")
+    if kind == "hash" and number.isdigit() and 1 <= int(number) <= 1000:
+        return int(number)
+    raise ShardError(f"--sites {text}", cure="write care-unit, or hash:N with N from 1 to 1000")
+
+
+def site_of_patient(stays: pl.DataFrame, sites: Literal["care-unit"] | int | None) -> pl.DataFrame:
+    """Columns patient and site: each patient belongs to one, whatever happens later.
+
+    Args:
+        stays: The stays of all patients.
+        sites: By the unit of a patient's first stay, by hash, or one site for all (empty name).
+    """
+    first = stays.sort("begin", "stay").unique("patient", keep="first", maintain_order=True)
+    if sites is None:
+        name = pl.Series(["" for _ in range(first.height)], dtype=pl.String)
+    elif isinstance(sites, int):
+        name = pl.Series([f"site-{_hash(p) % sites + 1}" for p in first["patient"]])
+    else:
+        name = pl.Series([slug(unit or "unknown") for unit in first["unit"]], dtype=pl.String)
+    return first.select("patient").with_columns(site=name)
+
+
+def slug(unit: str) -> str:
+    """A site's name from a unit's: the abbreviation in brackets where there is one."""
+    found = re.search(r"\(([^()]+)\)?\s*$", unit)
+    text = found.group(1) if found else unit
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:64] or "unknown"
+
+
+def _hash(patient: int) -> int:
+    digest = hashlib.sha256(f"fedward site\0{patient}".encode()).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
+# -- patients who object ----------------------------------------------------------------------
+
+
+def read_opt_out(file: Path | None) -> frozenset[int]:
+    """Patients who object: one id a line; empty lines and what follows # are ignored.
+
+    Raises:
+        ShardError: The file cannot be read, or a line holds something else.
+    """
+    if file is None:
+        return frozenset()
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ShardError(f"{file}: the opt-out list cannot be read ({error})") from None
+    patients = set()
+    for number, line in enumerate(lines, 1):
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        if not text.isdigit():
+            raise ShardError(
+                f"{file}, line {number}: '{text}' is no patient id",
+                cure="write one subject_id a line; nothing was imported",
+            )
+        patients.add(int(text))
+    return frozenset(patients)
+
+
+def without_objectors(
+    frame: pl.DataFrame, table: str, objectors: Collection[int], tally: Tally
+) -> pl.DataFrame:
+    """Rows of patients who do not object; column `patient`."""
+    return tally.split(
+        table, frame, ("the patient objects", pl.col("patient").is_in(list(objectors)))
+    )

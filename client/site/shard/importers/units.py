@@ -1,0 +1,123 @@
+"""Units: how sources spell them, and how one becomes another.
+
+A value in a unit that is neither the series' own nor one that can be turned into it is left out and
+counted: a glucose in mmol/L read as mg/dL is a patient who does not exist.
+"""
+
+from __future__ import annotations
+
+import polars as pl
+
+from client.site.shard.clinical import SERIES
+from client.site.shard.importers.tally import Tally
+
+_SPELLINGS = {
+    "1/min": ("bpm", "/min", "insp/min", "breaths/min", "beats/min", "breath", "bpm."),
+    "mmHg": ("mm hg",),
+    "deg C": ("°c", "degc", "c", "celsius", "cel"),
+    "deg F": ("°f", "degf", "f", "fahrenheit", "[degf]"),
+    "cmH2O": ("cm h2o", "cm[h2o]"),
+    "K/uL": ("k/mcl", "10*3/ul", "x10^9/l", "10^9/l", "thousand/ul"),
+    "M/uL": ("m/mcl", "10*6/ul", "x10^12/l", "10^12/l", "mil/ul"),
+    "U/L": ("iu/l", "[iu]/l"),
+    "mEq/L": ("meq/l",),
+    "ug/mL": ("mcg/ml",),
+    "ug/L": ("mcg/l",),
+    "lb": ("lbs", "lbs.", "pounds"),
+    "kg": ("kgs",),
+    "fraction": ("frac", "ratio"),
+    "1": ("units", "unit", "ph", "ph units"),
+    "L/min": ("lpm", "l/m"),
+}
+_UNIT_OF = {name.lower(): unit for unit, names in _SPELLINGS.items() for name in (unit, *names)}
+_UNIT_OF |= {spec.unit.lower(): spec.unit for spec in SERIES.values()}
+_NOT_GIVEN = ("", "unk", "none", "nan")
+
+_FACTORS: dict[tuple[str, str], float] = {
+    ("ng/mL", "ug/L"): 1.0,
+    ("ng/mL", "mg/L"): 1e-3,
+    ("ng/mL", "ug/mL"): 1e-3,
+    ("ug/mL", "mg/L"): 1.0,
+    ("ug/L", "mg/L"): 1e-3,
+    ("mg/L", "ug/mL"): 1.0,
+    ("mg/dL", "mg/L"): 10.0,
+    ("g/L", "g/dL"): 0.1,
+    ("lb", "kg"): 0.45359237,
+    ("g", "kg"): 1e-3,
+    ("kPa", "mmHg"): 7.500617,
+    ("fraction", "%"): 100.0,
+    ("mL/min", "L/min"): 1e-3,
+    ("L", "mL"): 1000.0,
+}
+# By substance: molar masses, and one charge per ion.
+_FACTORS_OF: dict[tuple[str, str], float] = {
+    ("glucose", "mmol/L"): 18.016,
+    ("cholesterol", "mmol/L"): 38.67,
+    ("creatinine", "umol/L"): 1 / 88.42,
+    ("urea_nitrogen", "mmol/L"): 2.801,
+    ("bilirubin_total", "umol/L"): 1 / 17.10,
+    ("calcium_total", "mmol/L"): 4.008,
+    ("magnesium", "mmol/L"): 2.431,
+    ("phosphate", "mmol/L"): 3.097,
+    ("hemoglobin", "mmol/L"): 1.611,
+    ("lactate", "mg/dL"): 1 / 9.008,
+    ("mchc", "g/dL"): 1.0,
+    **{
+        (ion, "mmol/L"): 1.0
+        for ion in ("sodium", "potassium", "chloride", "bicarbonate", "anion_gap")
+    },
+}
+_EXACT = {unit.lower(): unit for pair in _FACTORS for unit in pair}
+_EXACT |= {unit.lower(): unit for _, unit in _FACTORS_OF}
+
+
+def canonical_unit(text: str | None) -> str | None:
+    """The one spelling of a unit; None where none is given; a unit unknown to us as it stands."""
+    clean = (text or "").strip()
+    if clean.lower() in _NOT_GIVEN:
+        return None
+    return _UNIT_OF.get(clean.lower()) or _EXACT.get(clean.lower(), clean)
+
+
+def conversion(source: str, series: str, unit: str | None) -> tuple[float, float] | None:
+    """Factor and offset from `unit` to the series' own; None where it cannot be done.
+
+    A value without a unit is taken to be in the series' own.
+    """
+    own = SERIES[source, series].unit
+    given = canonical_unit(unit)
+    if given is None or given == own or source == "procedure":
+        return 1.0, 0.0
+    if (given, own) == ("deg F", "deg C"):
+        return 5 / 9, -160 / 9
+    if own == "points" or (own == "1" and series == "ph"):
+        return 1.0, 0.0
+    factor = _FACTORS_OF.get((series, given)) or _FACTORS.get((given, own))
+    return None if factor is None else (factor, 0.0)
+
+
+def to_canonical(frame: pl.DataFrame, table: str, tally: Tally) -> pl.DataFrame:
+    """`value` in the canonical unit of its series; the column `unit` is gone.
+
+    Args:
+        frame: Columns source, series, value, unit (text or null), and others that are kept.
+    """
+    pairs = frame.select("source", "series", "unit").unique()
+    known = [conversion(*row) for row in pairs.iter_rows()]
+    pairs = pairs.with_columns(
+        factor=pl.Series([k[0] if k else None for k in known], dtype=pl.Float64),
+        offset=pl.Series([k[1] if k else None for k in known], dtype=pl.Float64),
+    )
+    joined = frame.join(
+        pairs, on=["source", "series", "unit"], how="left", nulls_equal=True, maintain_order="left"
+    )
+    lost = joined.filter(pl.col("factor").is_null())
+    for series, unit, rows in lost.group_by("series", "unit").len().sort("series").iter_rows():
+        tally.skip(table, f"{series} in {unit}: not a unit that is understood", rows)
+    joined = joined.filter(pl.col("factor").is_not_null())
+    changed = joined.filter((pl.col("factor") != 1) | (pl.col("offset") != 0))
+    for series, unit, rows in changed.group_by("series", "unit").len().sort("series").iter_rows():
+        tally.note(table, f"{series} converted from {unit}", rows)
+    return joined.with_columns(value=pl.col("value") * pl.col("factor") + pl.col("offset")).drop(
+        "unit", "factor", "offset"
+    )
