@@ -29,9 +29,11 @@ lint: install  ## ruff and mypy
 test: install lint  ## everything that must pass
 	@$(BIN)/python -m pytest
 
-benchmarks: install  ## step time and memory, overhead per round (about 15 minutes)
+benchmarks: install  ## step, round, encoders and import (about 30 minutes)
 	@$(BIN)/python -m simulations.benchmarks.dp_step
 	@$(BIN)/python -m simulations.benchmarks.overhead
+	@$(BIN)/python -m simulations.benchmarks.encoders
+	@$(BIN)/python -m simulations.benchmarks.importing
 
 clean:  ## remove what running leaves in the checkout
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache

@@ -26,7 +26,8 @@ import torch
 from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 
-from client.site.encoders import clinical, series
+from client.site.encoders import series
+from client.site.shard import clinical
 from client.site.training.entropy import Entropy
 from common.errors import ShardError, StudyError
 from common.privacy.pricing import calibrate_noise_multiplier

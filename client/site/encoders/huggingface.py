@@ -7,6 +7,7 @@ repository is run. An encoder is identified by the hash of its files, not by its
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -88,10 +89,12 @@ class _HuggingFace:
     def _model(self) -> tuple[Any, bool]:
         """The model, and whether its pooler was trained: a missing one would be random."""
         from transformers import AutoModel
+        from transformers.utils import logging
 
-        model, report = self._load(
-            AutoModel, use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True
-        )
+        # What the checkpoint lacks is judged below; the library's own report says "train it".
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        model, report = self._load(AutoModel, use_safetensors=True, output_loading_info=True)
         missing = set(report["missing_keys"])
         pooler = {key for key in missing if key.startswith("pooler.")}
         if missing - pooler:
@@ -101,7 +104,7 @@ class _HuggingFace:
                 cure="give the complete checkpoint of an encoder",
             )
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return model.eval().requires_grad_(False).to(device), not pooler
+        return model.eval().requires_grad_(False).to(device, torch.float32), not pooler
 
     @torch.inference_mode()
     def _vector(self, **features: Tensor) -> Embedding:
@@ -112,7 +115,13 @@ class _HuggingFace:
         """
         model, has_pooler = self._model
         device = next(model.parameters()).device
-        output = model(**{name: value.to(device) for name, value in features.items()})
+        try:
+            output = model(**{name: value.to(device) for name, value in features.items()})
+        except (IndexError, ValueError) as error:
+            raise EncoderError(
+                f"{self._folder}: tokenizer or preprocessing does not fit the model ({error})",
+                cure="give the files of one checkpoint, as save_pretrained writes them",
+            ) from error
         pooled = getattr(output, "pooler_output", None)
         if pooled is not None and has_pooler:
             vector = pooled.flatten(1)
@@ -177,7 +186,7 @@ class HuggingFaceText(_HuggingFace):
 
 
 class HuggingFaceImage(_HuggingFace):
-    """A vision model with its own preprocessing; pooled output, or the mean over the patches.
+    """A vision model with its own preprocessing; pooled output, or the mean over all its tokens.
 
     Grey images, of 8 to 16 bits, are repeated in three channels; colour images keep theirs.
     """
@@ -205,6 +214,12 @@ def _folder(name: str, revision: str | None) -> Path:
         if not folder.is_dir():
             raise EncoderError(f"no encoder folder at {folder}", cure="check the path")
         return folder
+    if not revision or not re.fullmatch("[0-9a-f]{40}", revision):
+        raise EncoderError(
+            f"revision '{revision}' of encoder {name} is no commit: what it names can move, and "
+            "hospitals would encode differently",
+            cure="pin the commit (40 hexadecimal digits) that the hub shows under 'History'",
+        )
     from huggingface_hub import snapshot_download
 
     try:
@@ -212,6 +227,7 @@ def _folder(name: str, revision: str | None) -> Path:
     except Exception as error:
         raise EncoderError(
             f"cannot get encoder {name}@{revision} ({type(error).__name__})",
-            cure="check id and revision; without a network, give the folder of a copy: "
+            cure="check id and revision; without a network, bring it with "
+            f"`hf download {name} --revision {revision}`, or give the folder of a copy: "
             "'huggingface:/path/to/folder'",
         ) from error

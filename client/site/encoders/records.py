@@ -8,9 +8,9 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from client.site.encoders import clinical, series
+from client.site.encoders import series
 from client.site.encoders.encoder import Embedding, file_digest, fingerprint
-from client.site.shard import Shard
+from client.site.shard import Shard, clinical
 from common.study import unknown
 
 

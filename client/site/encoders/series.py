@@ -26,7 +26,7 @@ from collections.abc import Sequence
 import numpy as np
 import polars as pl
 
-from client.site.encoders.clinical import (
+from client.site.shard.clinical import (
     AGE_CENTRE_YEARS,
     AGE_SCALE_YEARS,
     SeriesSpec,

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
@@ -32,8 +33,7 @@ _ADVICE = (
 class TorchXRayVision:
     """DenseNet-121 features of HAIM (Soenksen et al. 2022): ReLU, then the global average.
 
-    Preprocessing is HAIM's: first channel, pixels scaled to [-1024, 1024], straight to 224 x 224 by
-    area, no crop. Images of more than 8 bits are scaled by their own range, see `to_grey`.
+    See `haim_pixels` for the preprocessing.
 
     Args:
         weights: A name of torchxrayvision (`densenet121-res224-chex`), read from its cache, or the
@@ -71,9 +71,8 @@ class TorchXRayVision:
     def _encode(self, picture: Image.Image) -> Embedding:
         # One image at a time: kernels may round differently with the size of the batch, and a
         # killed encode would resume in other batches.
-        pixels = (2 * area_resize(to_grey(picture), _SIDE) - 1) * _HOUNSFIELD_LIKE
         device = next(self._model.parameters()).device
-        x_11HW = torch.from_numpy(pixels)[None, None].to(device)
+        x_11HW = torch.from_numpy(haim_pixels(picture))[None, None].to(device)
         features_1CHW = self._model.features(x_11HW)
         embedding = torch.relu(features_1CHW).mean(dim=(2, 3))
         return np.asarray(embedding.float().cpu().numpy())
@@ -94,7 +93,17 @@ class TorchXRayVision:
                 cure="give the state dict of torchxrayvision.models.DenseNet",
             ) from None
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return model.eval().requires_grad_(False).to(device)
+        # Channels last: a sixth faster on a CPU.
+        return model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+
+
+def haim_pixels(picture: Image.Image) -> NDArray[np.float32]:
+    """HAIM's preprocessing, `[224, 224]` float32 in [-1024, 1024].
+
+    First channel, scaled, then straight to 224 x 224 by area: no crop, the aspect ratio is not
+    kept. Images of more than 8 bits are scaled by their own range, see `to_grey`.
+    """
+    return (2 * area_resize(to_grey(picture), _SIDE) - 1) * _HOUNSFIELD_LIKE
 
 
 def _locate(weights: str) -> Path:

@@ -63,6 +63,46 @@ def check(
         raise typer.Exit(1)
 
 
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="A shard, or a folder of shards.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="The page to write; for several shards a folder of pages named for them.",
+            show_default="report.html in each shard",
+        ),
+    ] = None,
+) -> None:
+    """Writes a data report per shard: one HTML page to read before training.
+
+    Labels, missing inputs, ranges and units, images, notes, and hints that an input tells the
+    label. The page holds exact figures: it stays in the hospital.
+    """
+    # Drawing takes a second to load, which the other commands need not wait for.
+    from client.site.shard.report import write_report
+
+    console = Console()
+    shards = discover(folder)
+    several = shards != [folder] or (out is not None and out.is_dir())
+    failed = False
+    for path in shards:
+        target = path / "report.html"
+        if out is not None:
+            target = out / f"{path.resolve().name}.html" if several else out
+        try:
+            write_report(Shard.open(path), target)
+        except ShardError as error:
+            console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+            failed = True
+        else:
+            console.print(str(target), markup=False, highlight=False, soft_wrap=True)
+    if failed:
+        raise typer.Exit(1)
+
+
 def _table(title: str, rows: list[dict[str, str]]) -> Table:
     """One row per shard; a column that no shard fills is left out."""
     names = dict.fromkeys(name for row in rows for name, cell in row.items() if cell)

@@ -215,10 +215,7 @@ SERIES: dict[tuple[str, str], SeriesSpec] = {
     **{("lab", name): _spec("lab", name, row) for name, row in _LAB.items()},
     # Done or given: 1. Some sources write a duration, which is known only at the end and would
     # tell the future; both limits at 1 make every entry of a procedure read as 1.
-    **{
-        ("procedure", name): _spec("procedure", name, ("1 = done", 0, 1, 1, 1))
-        for name in _PROCEDURE
-    },
+    **{("procedure", name): _spec("procedure", name, _DONE) for name in _PROCEDURE},
 }
 """Every canonical series, keyed by (source, name): 28 chart, 40 lab, 54 procedure."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from client.site.encoders.pooling import pool, weights
 from client.site.encoders.registry import build_encoder, describe, dimensions, release_encoders
 from client.site.encoders.text import HashedText
 from client.site.shard import decode_image
-from common.errors import EncoderError, StudyError
+from common.errors import StudyError
 from common.study import Source, Study
 
 
@@ -134,225 +133,6 @@ def test_pooling_averages_the_tokens_that_are_there():
     assert x[0, 0] == 5.0
 
 
-# -- torchxrayvision ----------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def densenet():
-    """The true architecture, with random weights and batch statistics."""
-    from torchxrayvision.models import DenseNet
-
-    torch.manual_seed(0)
-    model = DenseNet(num_classes=18).eval()
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.running_mean.normal_(0, 0.1)
-                module.running_var.uniform_(0.5, 1.5)
-    return model
-
-
-def xrv(path: Path) -> Source:
-    return Source(modality="image", encoder=f"torchxrayvision:{path}")
-
-
-def test_densenet_gives_haims_features_from_every_form_of_weights(tmp_path, densenet, make_picture):
-    from safetensors.torch import save_file
-
-    picture = decode_image(make_picture(1, size=(50, 60)), "x")
-    with torch.inference_mode():  # HAIM, written out with the library's own functions
-        import torchxrayvision
-
-        pixels = torchxrayvision.utils.normalize(np.asarray(picture, dtype=np.float32), 255)
-        x = torch.from_numpy(area_resize(pixels, 224))[None, None]
-        expected = densenet.features2(x).numpy()
-    save_file(densenet.state_dict(), tmp_path / "a.safetensors")
-    torch.save(densenet.state_dict(), tmp_path / "b.pt")
-    torch.save(densenet, tmp_path / "c.pt")
-    for name in ("a.safetensors", "b.pt", "c.pt"):
-        encoder = build_encoder(xrv(tmp_path / name))
-        (vector,) = encoder.encode([picture])
-        assert vector.shape == (1, encoder.dim) == (1, 1024)
-        assert np.allclose(vector, expected, rtol=1e-4, atol=1e-5)
-        assert "DenseNet-121" in encoder.description
-        assert str(tmp_path) not in encoder.description
-
-
-def test_weights_that_run_code_are_refused(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return (Path.touch, (tmp_path / "owned",))
-
-    torch.save({"classifier.weight": Evil()}, tmp_path / "evil.pt", pickle_module=pickle)
-    with pytest.raises(EncoderError, match="cannot read weights") as caught:
-        build_encoder(xrv(tmp_path / "evil.pt")).encode([Image.new("L", (9, 9))])
-    assert "safetensors" in caught.value.cure
-    assert not (tmp_path / "owned").exists()
-
-
-def test_weights_that_are_not_there_are_never_downloaded(tmp_path, monkeypatch):
-    import torchxrayvision
-
-    monkeypatch.setattr(torchxrayvision.utils, "get_cache_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torchxrayvision.utils, "download", lambda *_: pytest.fail("downloads"))
-    source = Source(modality="image", encoder="torchxrayvision:densenet121-res224-chex")
-    with pytest.raises(EncoderError, match="no torchxrayvision weights at") as caught:
-        build_encoder(source)
-    assert "never downloaded" in caught.value.cure
-    with pytest.raises(StudyError, match="did you mean 'densenet121-res224-chex'"):
-        build_encoder(Source(modality="image", encoder="torchxrayvision:densenet121-res224-che"))
-
-
-def test_weights_of_something_else_are_named(tmp_path):
-    torch.save({"classifier.weight": torch.zeros(18, 1024)}, tmp_path / "w.pt")
-    with pytest.raises(EncoderError, match="holds no weights of torchxrayvision's DenseNet-121"):
-        build_encoder(xrv(tmp_path / "w.pt")).encode([Image.new("L", (9, 9))])
-
-
-# -- Hugging Face -------------------------------------------------------------------------------
-
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{n}" for n in range(50))]
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory):
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("bert")
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=512,
-    )
-    BertModel(config).save_pretrained(folder)
-    tokens = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
-    tokens.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokens.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokens, unk_token="[UNK]", pad_token="[PAD]", model_max_length=512
-    ).save_pretrained(folder)
-    return folder
-
-
-def text(folder: Path) -> Source:
-    return Source(modality="text", encoder=f"huggingface:{folder}")
-
-
-def test_a_text_model_averages_all_chunks_and_loses_none(bert):
-    encoder = build_encoder(text(bert))
-    assert (encoder.dim, encoder.tokens) == (16, 1)
-    note = " ".join(f"w{n % 50}" for n in range(1300))
-    chunks = encoder.chunks(note)
-    assert [len(c) for c in chunks] == [436, 436, 434]  # 1300 words in three, each with two marks
-    assert [t - 4 for c in chunks for t in c[1:-1]] == [n % 50 for n in range(1300)]
-    (whole,) = encoder.encode([note])
-    (first,), (second,), (third,) = (
-        encoder.encode([" ".join(f"w{t - 4}" for t in c[1:-1])]) for c in chunks
-    )
-    assert np.allclose(whole, (first + second + third) / 3, atol=1e-6)
-    assert encoder.encode([""])[0].shape == (0, 16)
-
-
-def test_a_text_model_gives_the_pooled_output(bert):
-    from transformers import BertModel
-
-    (vector,) = build_encoder(text(bert)).encode(["w1 w2 w3"])
-    with torch.inference_mode():
-        model = BertModel.from_pretrained(bert).eval()
-        expected = model(input_ids=torch.tensor([[2, 5, 6, 7, 3]])).pooler_output
-    assert np.allclose(vector, expected.numpy(), atol=1e-6)
-
-
-def test_an_untrained_pooler_is_not_used(bert, tmp_path):
-    """A checkpoint without pooler would get a random one, another each time."""
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(bert, tmp_path / "copy")
-    file = tmp_path / "copy" / "model.safetensors"
-    weights = {k: v for k, v in load_file(file).items() if not k.startswith("pooler.")}
-    save_file(weights, file, metadata={"format": "pt"})
-    first, second = (
-        (release_encoders(), build_encoder(text(tmp_path / "copy")).encode(["w1 w2"])[0])[1]
-        for _ in range(2)
-    )
-    assert np.array_equal(first, second)
-    save_file({k: v for k, v in weights.items() if "layer.1." not in k}, file, {"format": "pt"})
-    release_encoders()
-    with pytest.raises(EncoderError, match="lacks weights of bert"):
-        build_encoder(text(tmp_path / "copy")).encode(["w1"])
-
-
-def test_a_folder_without_safetensors_is_refused(bert, tmp_path):
-    (tmp_path / "config.json").write_text((bert / "config.json").read_text())
-    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
-    with pytest.raises(EncoderError, match="holds no safetensors") as caught:
-        build_encoder(text(tmp_path))
-    assert "save_pretrained" in caught.value.cure
-
-
-def test_a_folder_or_model_that_is_not_there_is_named(tmp_path, monkeypatch):
-    with pytest.raises(EncoderError, match="no encoder folder at"):
-        build_encoder(text(tmp_path / "nowhere"))
-    import huggingface_hub
-
-    def offline(*_: object, **__: object) -> None:
-        raise huggingface_hub.errors.LocalEntryNotFoundError("offline")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    source = Source(modality="text", encoder="huggingface:org/name", revision="abc")
-    with pytest.raises(EncoderError, match="cannot get encoder org/name@abc") as caught:
-        build_encoder(source)
-    assert "without a network, give the folder" in caught.value.cure
-
-
-def test_other_weights_or_another_tokenizer_are_another_encoder(bert, tmp_path):
-    import shutil
-
-    for name, file in (("weights", "model.safetensors"), ("words", "tokenizer.json")):
-        shutil.copytree(bert, tmp_path / name)
-        path = tmp_path / name / file
-        path.write_bytes(path.read_bytes() + b" ")
-    shutil.copytree(bert, tmp_path / "same")
-    marks = {
-        name: build_encoder(text(folder)).fingerprint
-        for name, folder in [("", bert), *((n, tmp_path / n) for n in ("weights", "words", "same"))]
-    }
-    assert marks["same"] == marks[""]
-    assert len({marks[""], marks["weights"], marks["words"]}) == 3
-
-
-def test_a_vision_model_pools_grey_and_colour_images(tmp_path, make_picture):
-    from transformers import ViTConfig, ViTImageProcessor, ViTModel
-
-    torch.manual_seed(0)
-    config = ViTConfig(
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        image_size=32,
-        patch_size=8,
-    )
-    ViTModel(config).save_pretrained(tmp_path)
-    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
-    encoder = build_encoder(Source(modality="image", encoder=f"huggingface:{tmp_path}"))
-    pictures = [decode_image(make_picture(1, mode=m), "x") for m in ("L", "I;16", "RGB")]
-    grey, deep, colour = encoder.encode(pictures)
-    assert grey.shape == (1, 16) == (1, encoder.dim)
-    assert np.array_equal(grey, colour)
-    assert np.allclose(grey, deep, atol=0.02)
-    assert "vit" in encoder.description
-
-
 # -- registry -----------------------------------------------------------------------------------
 
 
@@ -400,7 +180,7 @@ def test_a_study_is_described_by_source():
 
 
 def test_the_page_of_the_shard_lists_every_series():
-    from client.site.encoders.clinical import SERIES
+    from client.site.shard.clinical import SERIES
 
     page = (Path(__file__).parents[3] / "docs" / "shard.md").read_text()
     assert [name for _, name in SERIES if f"`{name}`" not in page] == []

@@ -7,7 +7,8 @@ import polars as pl
 import pytest
 from scipy.signal import find_peaks
 
-from client.site.encoders import clinical, series
+from client.site.encoders import series
+from client.site.shard import clinical
 from common.errors import EncoderError
 
 LABS = ["creatinine", "sodium", "lactate"]
