@@ -1,7 +1,7 @@
 """Virtual hospitals on one machine.
 
-    from simulations import simulate, write_cohort
-    report = simulate("physionet2012", "shards", "out", epsilon=8)
+    from simulations import simulate, synthetic_hospitals
+    report = simulate("demo", synthetic_hospitals("out/cohort", 4), "out", epsilon=8)
 
 The names are imported when first used: the Flower bundle holds only this file and `studies`.
 """
@@ -12,15 +12,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from simulations.cohort.synthetic import write_cohort
+    from simulations.cohort.shards import synthetic_hospitals
     from simulations.run import find_shards, simulate
 
-__all__ = ["find_shards", "simulate", "write_cohort"]
+__all__ = ["find_shards", "simulate", "synthetic_hospitals"]
 
 _HOMES = {
     "find_shards": "simulations.run",
     "simulate": "simulations.run",
-    "write_cohort": "simulations.cohort.synthetic",
+    "synthetic_hospitals": "simulations.cohort.shards",
 }
 
 

@@ -58,11 +58,17 @@ def simulate(
     free(folder, resume=resume)
     hospitals_at: Path | Mapping[str, Path] = shards or Path()
     if synthetic is not None:
-        from simulations.cohort.synthetic import write_cohort
+        from simulations.cohort.shards import synthetic_hospitals
 
         if not resume:
             shutil.rmtree(folder / "cohort", ignore_errors=True)  # of a run that failed
-        hospitals_at = write_cohort(folder / "cohort", synthetic, seed=seed or 0)
+        with Console(stderr=True).status("making synthetic hospitals") as status:
+            hospitals_at = synthetic_hospitals(
+                folder / "cohort",
+                synthetic,
+                seed=seed or 0,
+                progress=lambda name, share: status.update(f"making {name}: {share:.0%}"),
+            )
         names = list(chosen.federation.sites)
         if names and synthetic != len(names):  # the demo's roster follows --synthetic
             raw = chosen.model_dump(mode="json")

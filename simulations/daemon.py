@@ -70,10 +70,10 @@ def daemon_command(config: Path) -> list[str]:
 
 def local(home: Path) -> DaemonConfig:
     """The daemon of a bare `flwr run .`; writes the cohort on first use."""
-    from simulations.cohort.synthetic import write_cohort
+    from simulations.cohort.shards import synthetic_hospitals
 
     names = list(Study.load("demo").federation.sites)
-    shards = write_cohort(home / "cohort", len(names))
+    shards = synthetic_hospitals(home / "cohort", len(names))
     return daemon_config(
         {name: shards[name] for name in names},
         home / "sites",

@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.console import Console
 
 from common.study import Study
-from simulations.cohort.synthetic import write_cohort
+from simulations.cohort.shards import synthetic_hospitals
 from simulations.run import simulate
 
 
@@ -30,7 +30,7 @@ def round_seconds(out: Path, *, rounds: int, hospitals: int) -> list[float]:
         update={"training": study.training.model_copy(update={"steps_per_round": 1})}
     )
     shutil.rmtree(out, ignore_errors=True)
-    cohort = write_cohort(out / "cohort", hospitals, seed=0)
+    cohort = synthetic_hospitals(out / "cohort", hospitals, seed=0)
     simulate(brief, cohort, out, rounds=rounds)
     lines = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
     return [line["seconds"] for line in lines if line["kind"] == "train"][1:]

@@ -15,14 +15,14 @@ from client.site.shard.shard import Shard
 from common import cli
 from common.errors import FedwardError
 from common.study import Study
-from simulations import write_cohort
+from simulations import synthetic_hospitals
 from simulations.preflight import check, place
 from simulations.run import clear, free
 
 
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_cohort(tmp_path_factory.mktemp("cohort"), 2, patients=12)
+    return synthetic_hospitals(tmp_path_factory.mktemp("cohort"), 2, patients=12)
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def demo(change: Callable[[dict[str, Any]], Any] = lambda _: None) -> Study:
 
 
 def rename(column: str) -> Callable[[dict[str, Any]], Any]:
-    return lambda raw: raw["tasks"].update({column: raw["tasks"].pop("mortality")})
+    return lambda raw: raw["tasks"].update({column: raw["tasks"].pop("pneumonia")})
 
 
 def test_a_sound_study_passes_and_says_where_data_come_from(cohort: dict[str, Path]) -> None:
@@ -51,7 +51,7 @@ def test_a_sound_study_passes_and_says_where_data_come_from(cohort: dict[str, Pa
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (rename("mortalty"), r"unknown task 'mortalty'; did you mean 'mortality'"),
+        (rename("pneumona"), r"unknown task 'pneumona'; did you mean 'pneumonia'"),
         (
             lambda raw: raw["sources"].update(
                 ecg={"modality": "embedding", "encoder": "precomputed", "dim": 8}
@@ -59,7 +59,7 @@ def test_a_sound_study_passes_and_says_where_data_come_from(cohort: dict[str, Pa
             r"no hospital has anything for source 'ecg' in its embeddings\.parquet[\s\S]*cure: ",
         ),
         (
-            lambda raw: raw["sources"]["note"].update(categories=["radiology"]),
+            lambda raw: raw["sources"]["note"].update(categories=["nursing"]),
             r"source 'note' in its notes\.parquet",
         ),
         (
@@ -87,7 +87,7 @@ def test_what_nobody_knows(
 def test_a_task_or_source_that_one_hospital_lacks_is_normal(broken: dict[str, Path]) -> None:
     folder = broken["northgate"]
     (folder / "notes.parquet").unlink()
-    records = pl.read_parquet(folder / "records.parquet").drop("y_mortality")
+    records = pl.read_parquet(folder / "records.parquet").drop("y_pneumonia")
     records.write_parquet(folder / "records.parquet")
     check(demo(), broken)
 

@@ -21,7 +21,7 @@ from common.errors import FedwardError
 from common.privacy.ledger import Ledger
 from common.study import Study
 from server.report import Report
-from simulations import simulate, write_cohort
+from simulations import simulate, synthetic_hospitals
 from simulations.summary import show
 
 pytestmark = pytest.mark.timeout(600)
@@ -36,7 +36,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, Path, Rep
     raw["training"]["steps_per_round"] = 2
     raw["federation"] |= {"rounds": 2, "sites": {}, "patients_declared": 20, "quorum": 1.0}
     study = Study.model_validate(raw)
-    cohort = write_cohort(base / "cohort", 2, patients=40)
+    cohort = synthetic_hospitals(base / "cohort", 2, patients=40)
     console = Console(file=io.StringIO(), width=200)
     report = simulate(study, cohort, base / "out", console=console)
     return study, base / "out", report, console.file.getvalue()  # type: ignore[attr-defined]

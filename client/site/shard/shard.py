@@ -20,7 +20,8 @@ from client.site.shard.images import decode_image
 from common.errors import ShardError
 
 META = "shard.toml"
-_HOSPITAL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+HOSPITAL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+"""What may name a site."""
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,7 @@ def _read_meta(path: Path) -> tuple[dict[str, Any] | None, list[ShardError]]:
     for key in ("name", "hospital"):
         if not isinstance(meta.get(key), str) or not meta[key]:
             return None, [ShardError(f"{file}: no '{key}'", cure=f'add {key} = "…"')]
-    if not _HOSPITAL.fullmatch(meta["hospital"]):
+    if not HOSPITAL.fullmatch(meta["hospital"]):
         return None, [
             ShardError(
                 f"{file}: hospital '{meta['hospital']}' cannot name a site",

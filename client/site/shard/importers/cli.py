@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     Progress,
@@ -96,6 +97,45 @@ def mimic_iv(
     _show(shards, tally)
 
 
+@app.command("meds")
+def meds(
+    src: Annotated[
+        Path, typer.Argument(help="A MEDS data set: the folder with data and metadata.")
+    ],
+    dest: Dest,
+    map_: Annotated[
+        str,
+        typer.Option("--map", help="What its codes mean: a TOML file, or the ready mimic-iv-meds."),
+    ],
+    sites: Sites = None,
+    name: Name = "meds",
+    hour: Hour = None,
+    complete_only: CompleteOnly = False,
+    exclude_early_discharges: EarlyDischarges = False,
+    opt_out: OptOut = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Imports a data set of the Medical Event Data Standard.
+
+    Records are what the map says, or hour 48 of each stay.
+    """
+    from client.site.shard.importers.meds import MedsSource, import_meds
+    from client.site.shard.importers.meds_map import MedsMap
+    from client.site.shard.importers.staging import Options
+    from client.site.shard.importers.timeline import parse_sites, read_opt_out
+
+    with _progress() as progress:
+        shards, tally = import_meds(
+            MedsSource(src, MedsMap.load(map_), hour, exclude_early_discharges),
+            dest,
+            Options(name, parse_sites(sites), complete_only),
+            objectors=read_opt_out(opt_out),
+            overwrite=overwrite,
+            progress=progress,
+        )
+    _show(shards, tally)
+
+
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
     """A bar per table, with the time that is left; on standard error."""
@@ -129,8 +169,8 @@ def _show(shards: list[Path], tally: Tally) -> None:
     table.add_column("kept", justify="right", no_wrap=True)
     table.add_column("left out, and why; kept otherwise than it stands")
     for name, counts in tally.tables.items():
-        reasons = [f"{rows:,} {reason}" for reason, rows in counts.skipped.most_common()]
-        reasons += [f"[dim]{rows:,} {what}[/]" for what, rows in counts.noted.most_common()]
+        reasons = [f"{rows:,} {escape(reason)}" for reason, rows in counts.skipped.most_common()]
+        reasons += [f"[dim]{rows:,} {escape(what)}[/]" for what, rows in counts.noted.most_common()]
         table.add_row(name, f"{counts.rows:,}", f"{counts.kept:,}", "\n".join(reasons))
     console.print(table)
     for remark in tally.remarks:

@@ -18,7 +18,7 @@ from typing import Any
 
 import polars as pl
 
-from client.site.shard.contract import EVENT_SOURCES
+from client.site.shard.contract import EVENT_SOURCES, MAX_AGE_YEARS
 from client.site.shard.importers.mimic_items import ITEMS
 from client.site.shard.importers.staging import Options, Staging, workplace, write_shards
 from client.site.shard.importers.tables import (
@@ -32,6 +32,7 @@ from client.site.shard.importers.tables import (
 )
 from client.site.shard.importers.tally import Tally
 from client.site.shard.importers.timeline import (
+    DEFAULT_HOUR,
     PATHOLOGY_TASKS,
     at_hour,
     find_stay,
@@ -44,7 +45,6 @@ from common.errors import ShardError
 
 PLANNED = ("ELECTIVE", "SURGICAL SAME DAY ADMISSION", "AMBULATORY OBSERVATION")
 """Admission types that are no unplanned readmission."""
-DEFAULT_HOUR = 48.0
 META = {
     "dataset": "MIMIC-IV",
     "licence": "the data use agreement under which MIMIC-IV was obtained from PhysioNet",
@@ -58,7 +58,6 @@ _CHEXPERT = "mimic-cxr-2.0.0-chexpert"
 _JPEG_BEGINS, _JPEG_ENDS = b"\xff\xd8", b"\xff\xd9"
 _BROKEN = ("the file is not on disk", "the file is no JPEG", "the JPEG is cut off")
 _NOTES = ("radiology", "discharge")
-_FEW_PATIENTS = 500
 _EVENT_COLUMNS = ("subject_id", "hadm_id", "itemid")
 
 
@@ -146,7 +145,6 @@ def import_mimic_iv(
                 staging.add("notes", name, texts)
         if images is not None:
             staging.add("images", "images", _on_disk(images, stays, tally, progress))
-        _remark_size(patients.len(), tally)
         written = write_shards(
             dest,
             place,
@@ -189,9 +187,13 @@ def _stays(hosp: Path, icu: Path, objectors: Collection[int], tally: Tally) -> p
         parse_number("anchor_age").alias("anchor_age"),
         parse_number("anchor_year").alias("anchor_year"),
     )
+    if strangers := set(objectors).difference(patients["patient"]):
+        tally.remarks.append(
+            f"{len(strangers)} of {len(objectors)} ids on the opt-out list are nobody's here: "
+            "check their spelling"
+        )
     patients = _of_patients(patients, "patients", objectors, tally)
     patients = tally.unique("patients", patients, ["patient"])
-    tally["patients"].kept += patients.height
     admissions = read_whole(
         find_file(hosp, "admissions"),
         "admissions",
@@ -214,8 +216,10 @@ def _stays(hosp: Path, icu: Path, objectors: Collection[int], tally: Tally) -> p
         pl.col("deathtime").alias("died_at"),
         pl.col("admission_type").is_in(PLANNED).fill_null(False).alias("planned"),
         (parse_number("hospital_expire_flag") == 1).fill_null(False).alias("died"),
+        "garbled",
     )
     stays = _of_patients(stays, "admissions", objectors, tally)
+    stays = tally.split("admissions", stays, ("no readable hadm_id", pl.col("stay").is_null()))
     stays = tally.unique("admissions", stays, stays.columns)
     if (twice := stays.filter(pl.col("stay").is_duplicated())).height:
         raise ShardError(
@@ -223,13 +227,18 @@ def _stays(hosp: Path, icu: Path, objectors: Collection[int], tally: Tally) -> p
             f"different contents (and {twice['stay'].n_unique() - 1} others)",
             cure="keep one row per admission",
         )
+    admitted = pl.col("patient").is_in(stays["patient"].unique().implode())
+    patients = tally.split("patients", patients, ("no admission", ~admitted))
+    tally["patients"].kept += patients.height
     begin, end, died_at = pl.col("begin"), pl.col("end"), pl.col("died_at")
     stays = tally.split(
         "admissions",
-        stays.join(patients, on="patient", how="left", maintain_order="left"),
-        ("no hadm_id", pl.col("stay").is_null()),
-        ("the patient is not in table patients", pl.col("anchor_age").is_null()),
-        ("admission or discharge time missing or unreadable", begin.is_null() | end.is_null()),
+        stays.join(
+            patients.with_columns(listed=True), on="patient", how="left", maintain_order="left"
+        ),
+        ("the patient is not in table patients", pl.col("listed").is_null()),
+        ("a time is unreadable", pl.col("garbled")),
+        ("no admission or discharge time", begin.is_null() | end.is_null()),
         ("discharged before admitted", end < begin),
         ("died before admitted", died_at < begin),
     )
@@ -239,21 +248,27 @@ def _stays(hosp: Path, icu: Path, objectors: Collection[int], tally: Tally) -> p
         "hospital_expire_flag and deathtime disagree: dead if one says so",
         stays.filter(unclear).height,
     )
-    return (
-        stays.with_columns(
-            stay_id=pl.col("stay").cast(pl.String),
-            died_at=pl.coalesce(died_at, pl.when(pl.col("died")).then(end)),
-            age=pl.col("anchor_age") + begin.dt.year() - pl.col("anchor_year"),
-        )
-        .join(_units(icu, objectors, tally), on="stay", how="left", maintain_order="left")
-        .select(
-            *("stay", "stay_id", "patient", "begin", "end", "died_at"),
-            *("planned", "unit", "age", "sex"),
-        )
+    age = pl.col("anchor_age") + begin.dt.year() - pl.col("anchor_year")
+    stays = stays.with_columns(
+        stay_id=pl.col("stay").cast(pl.String),
+        died_at=pl.coalesce(died_at, pl.when(pl.col("died")).then(end)),
+        age=pl.when(age.is_between(0, MAX_AGE_YEARS)).then(age),
+    )
+    tally.note(
+        "admissions",
+        f"age missing, or not between 0 and {MAX_AGE_YEARS:g}: unknown",
+        stays["age"].null_count(),
+    )
+    return stays.join(
+        _units(icu, stays, objectors, tally), on="stay", how="left", maintain_order="left"
+    ).select(
+        *("stay", "stay_id", "patient", "begin", "end", "died_at", "planned", "unit", "age", "sex")
     )
 
 
-def _units(icu: Path, objectors: Collection[int], tally: Tally) -> pl.DataFrame:
+def _units(
+    icu: Path, stays: pl.DataFrame, objectors: Collection[int], tally: Tally
+) -> pl.DataFrame:
     """First unit of intensive care of each admission: columns stay, unit."""
     table = read_whole(
         find_file(icu, "icustays"),
@@ -269,6 +284,16 @@ def _units(icu: Path, objectors: Collection[int], tally: Tally) -> pl.DataFrame:
     )
     frame = _of_patients(frame, "icustays", objectors, tally)
     frame = tally.unique("icustays", frame, frame.columns)
+    frame = tally.split(
+        "icustays",
+        frame.join(
+            stays.select("stay", owner="patient"), on="stay", how="left", maintain_order="left"
+        ),
+        ("its admission is not in the import", pl.col("owner").is_null()),
+        ("the admission belongs to another patient", pl.col("owner") != pl.col("patient")),
+    )
+    untimed = frame["intime"].null_count()
+    tally.note("icustays", "no readable intime: taken as the last of its admission", untimed)
     tally["icustays"].kept += frame.height
     return (
         frame.sort("intime", nulls_last=True)
@@ -280,8 +305,17 @@ def _units(icu: Path, objectors: Collection[int], tally: Tally) -> pl.DataFrame:
 def _of_patients(
     frame: pl.DataFrame, table: str, objectors: Collection[int], tally: Tally
 ) -> pl.DataFrame:
-    frame = tally.split(table, frame, ("no subject_id", pl.col("patient").is_null()))
+    frame = tally.split(table, frame, ("no readable subject_id", pl.col("patient").is_null()))
     return without_objectors(frame, table, objectors, tally)
+
+
+def _strangers(patients: pl.Series) -> tuple[tuple[str, pl.Expr], ...]:
+    """Rules for `Tally.split`: rows that are of no patient of the import."""
+    patient = pl.col("patient")
+    return (
+        ("no readable subject_id", patient.is_null()),
+        ("patient not among the import's", ~patient.is_in(patients.implode())),
+    )
 
 
 def find_file(folder: Path, name: str) -> Path:
@@ -307,15 +341,14 @@ def _check_items(hosp: Path, icu: Path, tally: Tally) -> None:
         labels |= dict(frame.select(parse_id("itemid"), pl.col("label").fill_null("")).iter_rows())
     for item in ITEMS:
         label = labels.get(item.itemid)
-        if label is None:
-            tally.remarks.append(
-                f"item {item.itemid} ({item.source} {item.series}) is in no dictionary"
-            )
-        elif _plain(label) != _plain(item.label):
+        if label is not None and _plain(label) != _plain(item.label):
             tally.remarks.append(
                 f"item {item.itemid} is called '{label}' here; read as {item.source} {item.series} "
                 f"('{item.label}')"
             )
+    if labels and (unknown := [i for i in ITEMS if i.itemid not in labels]):
+        names = ", ".join(f"{item.itemid} ({item.series})" for item in unknown)
+        tally.remarks.append(f"items that are in no dictionary: {names}")
 
 
 def _plain(label: str) -> str:
@@ -323,13 +356,14 @@ def _plain(label: str) -> str:
 
 
 def _items(kind: str) -> pl.DataFrame:
-    """Columns itemid, source, series of one kind."""
-    chosen = [(i.itemid, i.source, i.series) for i in ITEMS if i.source == kind]
-    return pl.DataFrame(chosen, schema=["itemid", "source", "series"], orient="row")
+    """Columns itemid, source, series and own_unit of one kind."""
+    chosen = [(i.itemid, i.source, i.series, i.unit) for i in ITEMS if i.source == kind]
+    schema = {"itemid": pl.Int64, "source": pl.String, "series": pl.String, "own_unit": pl.String}
+    return pl.DataFrame(chosen, schema=schema, orient="row")
 
 
 def _wanted(items: pl.DataFrame) -> tuple[str, pl.Expr]:
-    texts = items["itemid"].cast(pl.String).to_list()
+    texts = [f"{itemid}{tail}" for itemid in items["itemid"] for tail in ("", ".0")]
     return "not a canonical series", pl.col("itemid").is_in(texts)
 
 
@@ -345,13 +379,14 @@ def _values(
             parse_id("subject_id").alias("patient"),
             parse_id("hadm_id").alias("stay"),
             parse_number("valuenum").alias("value"),
-            unit="valueuom",
+            unit=pl.col("valueuom").str.strip_chars().replace("", None),
         )
         frame = tally.split(
             table,
             frame,
-            ("patient not among the import's", ~pl.col("patient").is_in(patients.implode())),
+            *_strangers(patients),
             ("no number", pl.col("value").is_null()),
+            ("a time is unreadable", pl.col("garbled")),
             ("no time", pl.col("charttime").is_null() & pl.col("storetime").is_null()),
         )
         late = pl.col("storetime") < pl.col("charttime")
@@ -359,7 +394,8 @@ def _values(
             table, "stored before it was measured: the later time counts", frame.filter(late).height
         )
         frame = frame.join(items, on="itemid", maintain_order="left").with_columns(
-            time=pl.max_horizontal("charttime", "storetime")
+            time=pl.max_horizontal("charttime", "storetime"),
+            unit=pl.coalesce("unit", "own_unit"),
         )
         yield to_canonical(frame, table, tally)
 
@@ -381,7 +417,8 @@ def _procedures(
         frame = tally.split(
             table,
             frame,
-            ("patient not among the import's", ~pl.col("patient").is_in(patients.implode())),
+            *_strangers(patients),
+            ("a time is unreadable", pl.col("garbled")),
             ("no time", pl.col("time").is_null()),
         )
         yield frame.join(items, on="itemid", maintain_order="left")
@@ -417,12 +454,14 @@ def _texts(
             time="storetime",
             category=pl.lit(category),
             text=pl.col("text").str.strip_chars(),
+            garbled="garbled",
         )
         yield tally.split(
             category,
             frame,
-            ("patient not among the import's", ~pl.col("patient").is_in(patients.implode())),
+            *_strangers(patients),
             ("no text", pl.col("text").is_null() | (pl.col("text") == "")),
+            ("a time is unreadable", pl.col("garbled")),
             ("no storetime: when it could be read is not known", pl.col("time").is_null()),
             ("filed before it was written", pl.col("time") < pl.col("charttime")),
         )
@@ -458,7 +497,7 @@ def _images(folder: Path, objectors: Collection[int], tally: Tally) -> pl.DataFr
     frame = tally.split(
         "images",
         frame,
-        ("no dicom_id or study_id", pl.col("dicom").is_null() | pl.col("study").is_null()),
+        ("no readable dicom_id or study_id", pl.col("dicom").is_null() | pl.col("study").is_null()),
         ("no readable StudyDate and StudyTime", pl.col("time").is_null()),
     )
     text = pl.col("patient").cast(pl.String)
@@ -535,8 +574,10 @@ def _pathologies(records: pl.DataFrame, cxr: Path | None, tally: Tally) -> pl.Da
     table = read_whole(
         find_file(cxr, _CHEXPERT), "chexpert", ("study_id", *names.values()), tally
     ).with_columns(parse_id("study_id").alias("study"))
-    table = tally.split("chexpert", table, ("no study_id", pl.col("study").is_null()))
+    table = tally.split("chexpert", table, ("no readable study_id", pl.col("study").is_null()))
     table = tally.unique("chexpert", table, ["study"])
+    imported = pl.col("study").is_in(records["study"].unique().implode())
+    table = tally.split("chexpert", table, ("no record of its study", ~imported))
     tally["chexpert"].kept += table.height
     values = {task: parse_number(column) for task, column in names.items()}
     odd = pl.any_horizontal(
@@ -555,13 +596,6 @@ def _pathologies(records: pl.DataFrame, cxr: Path | None, tally: Tally) -> pl.Da
 
 
 # -- the story --------------------------------------------------------------------------------
-
-
-def _remark_size(patients: int, tally: Tally) -> None:
-    if patients < _FEW_PATIENTS:
-        tally.remarks.append(
-            f"{patients} patients: enough to try the path, too few to learn anything from"
-        )
 
 
 def _about(source: MimicSource, options: Options) -> dict[str, Any]:

@@ -11,12 +11,16 @@ from typing import NamedTuple
 
 
 class Item(NamedTuple):
-    """An item of `d_items` or `d_labitems`, and the canonical series that it measures."""
+    """An item of `d_items` or `d_labitems`, and the canonical series that it measures.
+
+    `unit` is that of values which come without one, where it is not the series' own.
+    """
 
     itemid: int
     source: str
     series: str
     label: str
+    unit: str | None = None
 
 
 ITEMS = (
@@ -33,7 +37,7 @@ ITEMS = (
     Item(220051, "chart", "dbp_invasive", "Arterial Blood Pressure diastolic"),
     Item(220052, "chart", "mbp_invasive", "Arterial Blood Pressure mean"),
     Item(223762, "chart", "temperature", "Temperature Celsius"),
-    Item(223761, "chart", "temperature", "Temperature Fahrenheit"),
+    Item(223761, "chart", "temperature", "Temperature Fahrenheit", "deg F"),
     Item(223835, "chart", "fio2", "Inspired O2 Fraction"),
     Item(223834, "chart", "oxygen_flow", "O2 Flow"),
     Item(220339, "chart", "peep", "PEEP set"),
@@ -70,7 +74,7 @@ ITEMS = (
     Item(51133, "lab", "lymphocytes_abs", "Absolute Lymphocyte Count"),
     Item(50889, "lab", "c_reactive_protein", "C-Reactive Protein"),
     Item(50954, "lab", "ldh", "Lactate Dehydrogenase (LD)"),
-    Item(50915, "lab", "d_dimer", "D-Dimer"),
+    Item(50915, "lab", "d_dimer", "D-Dimer", "ng/mL"),
     Item(51211, "lab", "factor_xiii", "Factor XIII"),
     Item(50821, "lab", "po2", "pO2"),
     Item(50818, "lab", "pco2", "pCO2"),

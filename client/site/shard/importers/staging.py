@@ -29,12 +29,14 @@ from client.site.shard import contract
 from client.site.shard.importers.tables import Progress
 from client.site.shard.importers.tally import Tally
 from client.site.shard.importers.timeline import find_stay
-from client.site.shard.shard import META, replace_folder
+from client.site.shard.shard import HOSPITAL, META
 from common.errors import ShardError
 
 _BYTES_PER_BUCKET = 16 << 20  # of compressed source
 _MOST_BUCKETS = 256
-_ROWS_AHEAD = 500_000
+_BYTES_AHEAD = 1 << 26
+_FEW_PATIENTS = 500
+_REPLACED = "replaced"
 
 KINDS: Mapping[str, tuple[str, ...]] = {
     "events": ("source", "series", "value"),
@@ -54,6 +56,7 @@ class Options:
         complete_only: Keep only records that see something of every kind, as UNI-MLM does.
         copy_images: Copy image files instead of linking to them.
         meta: More keys of shard.toml: dataset, licence, attribution.
+        kinds: What a complete record sees: inputs as in `KINDS`, events by their sources.
     """
 
     name: str
@@ -61,6 +64,15 @@ class Options:
     complete_only: bool = False
     copy_images: bool = False
     meta: Mapping[str, str] = field(default_factory=dict)
+    kinds: Sequence[str] = ("images", "notes", *contract.EVENT_SOURCES)
+
+    def __post_init__(self) -> None:
+        """Raises ShardError where `name` cannot name a site."""
+        if not HOSPITAL.fullmatch(self.name):
+            raise ShardError(
+                f"'{self.name}' cannot name a hospital",
+                cure="use up to 64 letters, digits and _ . - and begin with a letter or digit",
+            )
 
 
 class Staging:
@@ -81,7 +93,7 @@ class Staging:
         """Stores rows with columns patient, stay, time and those of `KINDS[kind]`."""
         wanted = frame.select(pl.lit(table).alias("table"), "patient", "stay", "time", *KINDS[kind])
         self._waiting[kind].append(wanted)
-        if sum(f.height for f in self._waiting[kind]) >= _ROWS_AHEAD:
+        if sum(f.estimated_size() for f in self._waiting[kind]) >= _BYTES_AHEAD:
             self._flush(kind)
 
     def bucket(self, kind: str, number: int) -> pl.DataFrame | None:
@@ -118,24 +130,24 @@ class Staging:
 @contextmanager
 def workplace(dest: Path, *, overwrite: bool) -> Iterator[Path]:
     """A hidden folder beside `dest`, gone afterwards; what an earlier, killed import left is
-    removed first.
+    removed first, or brought back where it was about to be replaced.
 
     Raises:
         ShardError: Something lies at `dest`, or another import is on its way to it.
     """
-    if dest.exists() and not overwrite:
-        raise ShardError(f"{dest} exists already", cure="choose another folder, or --overwrite it")
-    if overwrite and dest.exists() and not _made_by_import(dest):
-        raise ShardError(f"{dest} holds something that is no shard", cure="choose another folder")
     dest.parent.mkdir(parents=True, exist_ok=True)
     place = dest.parent / f".{dest.name}.importing"
     place.mkdir(exist_ok=True)
     held = os.open(place, os.O_RDONLY)
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if (place / _REPLACED).exists() and not dest.exists():
+            (place / _REPLACED).rename(dest)
         for left in place.iterdir():
             shutil.rmtree(left)
         try:
+            if dest.exists():
+                _check_replaceable(dest, overwrite)
             yield place
         finally:
             shutil.rmtree(place, ignore_errors=True)
@@ -174,6 +186,10 @@ def write_shards(
     Raises:
         ShardError: No record is left.
     """
+    if (patients := stays["patient"].n_unique()) < _FEW_PATIENTS:
+        tally.remarks.append(
+            f"{patients} patients: enough to try the path, too few to learn anything from"
+        )
     made = place / "shards"
     writers: dict[str, _SiteWriter] = {}
     facts = stays.join(sites, on="patient").select(
@@ -199,7 +215,9 @@ def write_shards(
     for site, writer in writers.items():
         writer.finish({"name": site, "hospital": site, **options.meta}, story)
     single = options.sites is None
-    replace_folder(made / next(iter(writers)) if single else made, dest)
+    if dest.exists():
+        dest.rename(place / _REPLACED)
+    (made / next(iter(writers)) if single else made).rename(dest)
     return [dest] if single else [dest / site for site in sorted(writers)]
 
 
@@ -222,7 +240,7 @@ def _write_bucket(
         if frame is not None:
             inputs[kind] = _placed(kind, find_stay(frame, spans), mine, facts, tally)
     if options.complete_only:
-        complete = _complete(mine, inputs)
+        complete = _complete(mine, inputs, options.kinds)
         tally.skip("records", "not complete", mine.height - complete.height)
         inputs = {kind: _placed_of(frame, complete, tally) for kind, frame in inputs.items()}
         mine = complete
@@ -285,15 +303,15 @@ def _placed_of(frame: pl.DataFrame, records: pl.DataFrame, tally: Tally) -> pl.D
     return joined.filter(seen).drop("last")
 
 
-def _complete(records: pl.DataFrame, inputs: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
-    """Records that see an image, a note, and an entry of each source of events."""
+def _complete(
+    records: pl.DataFrame, inputs: Mapping[str, pl.DataFrame], kinds: Sequence[str]
+) -> pl.DataFrame:
+    """Records that see an input of each kind; events count by their sources."""
     events = inputs.get("events")
-    first: list[pl.DataFrame | None] = [inputs.get("images"), inputs.get("notes")]
-    first += [
-        None if events is None else events.filter(pl.col("source") == source)
-        for source in contract.EVENT_SOURCES
-    ]
-    for frame in first:
+    for kind in kinds:
+        frame = inputs.get(kind)
+        if kind in contract.EVENT_SOURCES and events is not None:
+            frame = events.filter(pl.col("source") == kind)
         if frame is None:
             return records.clear()
         earliest = frame.group_by("stay").agg(earliest=pl.col("hours").min())
@@ -360,7 +378,9 @@ class _SiteWriter:
         for file in self._files.values():
             file.close()
         (self.folder / META).write_text(tomli_w.dumps(dict(meta)), encoding="utf-8")
-        (self.folder / "import.json").write_text(json.dumps(story, indent=1, ensure_ascii=False))
+        (self.folder / "import.json").write_text(
+            json.dumps(story, indent=1, ensure_ascii=False), encoding="utf-8"
+        )
 
     def _place_images(self, frame: pl.DataFrame) -> None:
         put: Callable[[str, Path], Any] = shutil.copyfile if self._copy else os.symlink
@@ -379,9 +399,11 @@ def _reasons(tally: Tally) -> str:
     return "; ".join(reasons[:8])
 
 
-def _made_by_import(dest: Path) -> bool:
-    """Whether nothing but shards would be lost."""
-    if not dest.is_dir():
-        return False
-    folders: Sequence[Path] = [dest] if (dest / META).is_file() else list(dest.iterdir())
-    return all((folder / META).is_file() for folder in folders)
+def _check_replaceable(dest: Path, overwrite: bool) -> None:
+    """Raises ShardError unless `overwrite`, and nothing but shards would be lost."""
+    if not overwrite:
+        raise ShardError(f"{dest} exists already", cure="choose another folder, or --overwrite it")
+    whole = not dest.is_dir() or (dest / META).is_file()
+    folders: Sequence[Path] = [dest] if whole else list(dest.iterdir())
+    if not all((folder / META).is_file() for folder in folders):
+        raise ShardError(f"{dest} holds something that is no shard", cure="choose another folder")

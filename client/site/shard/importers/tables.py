@@ -2,7 +2,9 @@
 
 A reader thread unpacks (isal: about a gigabyte per second) while polars parses the block before,
 only the columns asked for, and with the filter pushed into the parser. Blocks are cut at the end of
-a row, which is a line break outside quotes.
+a row, which is a line break outside quotes. The parser would pad rows that are too short and shift
+cells of those that are too long; so each block's commas and line breaks are compared with the
+header's first, and only a block of another shape is read row by row.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import contextlib
 import csv
 import io
 import queue
+import re
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import polars as pl
-from isal import igzip
+from isal import igzip, isal_zlib
 
 from client.site.shard.importers.tally import Tally
 from common.errors import ShardError
@@ -27,10 +30,13 @@ from common.errors import ShardError
 Progress = Callable[[str, int, int], None]
 """Told the name of a table, and how many bytes of its file of how many are read."""
 
-_BLOCK_BYTES = 1 << 25
+_BLOCK_BYTES = 1 << 24
 _LONGEST_ROW_BYTES = 1 << 26
 _BLOCKS_AHEAD = 1
 _TIME = "%Y-%m-%d %H:%M:%S"
+_BOM = b"\xef\xbb\xbf"
+_CONTENT = bytes(set(range(256)) - set(b',"\n'))
+_QUOTED = re.compile(rb'"[^"]*"')
 
 
 def find_table(folder: Path, name: str, *, required: bool = True) -> Path | None:
@@ -81,32 +87,22 @@ def scan(
     progress(table, 0, file.stat().st_size)
     with _Blocks(file, columns) as blocks:
         for block, read in blocks:
-            lazy = pl.scan_csv(io.BytesIO(block), infer_schema=False)
-            try:
-                rows = _count_rows(block)
-                chosen = lazy.select(columns)
-                if only is not None:
-                    chosen = chosen.filter(only[1])
-                frame = chosen.collect()
-            except pl.exceptions.PolarsError as error:
-                whole, bad = _repair(block, file, str(error))
-                tally.skip(table, "another number of fields than the header", bad)
-                frame, rows = whole.select(columns), whole.height + bad
-                if only is not None:
-                    frame = frame.filter(only[1])
-                rows_wanted = frame.height + bad
-            else:
-                rows_wanted = frame.height
+            reason, wanted = only or ("", pl.lit(True))
+            frame, rows, ragged = _parse(block, file, columns, wanted)
             counts.rows += rows
-            if only is not None:
-                tally.skip(table, only[0], rows - rows_wanted)
+            tally.skip(table, "another number of cells than the header", ragged)
+            tally.skip(table, reason, rows - ragged - frame.height)
             progress(table, read, file.stat().st_size)
             if frame.height:
                 yield frame
 
 
 def parse_times(frame: pl.DataFrame, *columns: str) -> pl.DataFrame:
-    """Text columns as times: `2180-05-06 22:23:00`, with fractions, or a date alone; else null."""
+    """Text columns as times: `2180-05-06 22:23:00`, with fractions, or a date alone; else null.
+
+    The new column `garbled` says where a cell holds something that is none of these.
+    """
+    garbled = pl.repeat(False, frame.height, dtype=pl.Boolean, eager=True)
     for name in columns:
         text = frame[name]
         times = text.str.to_datetime(_TIME, time_unit="us", strict=False)
@@ -115,8 +111,9 @@ def parse_times(frame: pl.DataFrame, *columns: str) -> pl.DataFrame:
             for form in (f"{_TIME}%.f", "%Y-%m-%d"):
                 other = clean.str.to_datetime(form, time_unit="us", strict=False)
                 times = times.zip_with(times.is_not_null(), other)
+            garbled = garbled | (times.is_null() & (clean != "").fill_null(False))
         frame = frame.with_columns(times.alias(name))
-    return frame
+    return frame.with_columns(garbled=garbled)
 
 
 def parse_id(column: str) -> pl.Expr:
@@ -163,7 +160,7 @@ class _Blocks:
                 for block in self._read(raw):
                     self._put((block, raw.tell()))
             self._put(None)
-        except (EOFError, BadGzipFile, zlib.error, igzip.isal_zlib.error) as error:
+        except (EOFError, BadGzipFile, zlib.error, isal_zlib.error) as error:  # type: ignore[misc]
             self._put(
                 ShardError(
                     f"{self._file} is cut off or damaged ({error})",
@@ -181,7 +178,7 @@ class _Blocks:
 
     def _read(self, raw: IO[bytes]) -> Iterator[bytes]:
         stream: Any = igzip.IGzipFile(fileobj=raw) if self._file.suffix == ".gz" else raw
-        header = stream.readline()
+        header = stream.readline().removeprefix(_BOM)
         self._check_header(header)
         if not header.endswith(b"\n"):
             header += b"\n"
@@ -205,11 +202,11 @@ class _Blocks:
                 raise ShardError(
                     f"{self._file} ends inside a quoted cell", cure="copy or download it again"
                 )
-            yield header + rest
+            yield header + rest + (b"" if rest.endswith(b"\n") else b"\n")
 
     def _check_header(self, header: bytes) -> None:
         try:
-            names = next(csv.reader([header.decode("utf-8-sig").strip()]), [])
+            names = next(csv.reader([header.decode().strip()]), [])
         except (UnicodeDecodeError, csv.Error):
             names = []
         missing = [name for name in self._columns if name not in names]
@@ -232,7 +229,7 @@ class _Blocks:
 def _end_of_rows(text: bytes, quotes_before: int) -> int:
     """Where the last whole row ends: after the last line break with closed quotes before it."""
     end = text.rfind(b"\n") + 1
-    quotes = quotes_before + text.count(b'"', 0, end)
+    quotes = quotes_before + (text.count(b'"', 0, end) if b'"' in text else 0)
     while end and quotes % 2:
         before = text.rfind(b"\n", 0, end - 1) + 1
         quotes -= text.count(b'"', before, end)
@@ -240,16 +237,31 @@ def _end_of_rows(text: bytes, quotes_before: int) -> int:
     return end
 
 
-def _count_rows(block: bytes) -> int:
-    """Rows below the header."""
-    if b'"' in block:
-        lines = pl.scan_csv(io.BytesIO(block), infer_schema=False)
-        return int(lines.select(pl.len()).collect().item())
-    return block.count(b"\n") + (not block.endswith(b"\n")) - 1
+def _parse(
+    block: bytes, file: Path, columns: Sequence[str], wanted: pl.Expr
+) -> tuple[pl.DataFrame, int, int]:
+    """Wanted rows, the number of all rows, and of those that are left out as ragged."""
+    rows = _rows_of_table(block)
+    if rows is not None:
+        table = pl.scan_csv(io.BytesIO(block), infer_schema=False, null_values="")
+        with contextlib.suppress(pl.exceptions.PolarsError):  # a stray quote, or not UTF-8
+            return table.select(columns).filter(wanted).collect(), rows, 0
+    whole, ragged = _read_by_row(block, file, columns)
+    return whole.filter(wanted), whole.height + ragged, ragged
 
 
-def _repair(block: bytes, file: Path, why: str) -> tuple[pl.DataFrame, int]:
-    """Rows with as many fields as the header, and the number of others."""
+def _rows_of_table(block: bytes) -> int | None:
+    """Rows below the header; None if one has another number of cells, or is blank."""
+    shape = block.translate(None, _CONTENT)
+    if b'"' in shape:
+        shape = _QUOTED.sub(b"", shape)
+    line = shape[: shape.index(b"\n") + 1]
+    rows = len(shape) // len(line)
+    return rows - 1 if shape == line * rows else None
+
+
+def _read_by_row(block: bytes, file: Path, columns: Sequence[str]) -> tuple[pl.DataFrame, int]:
+    """Rows with as many cells as the header, and the number of others; blank lines are no rows."""
     try:
         text = block.decode()
     except UnicodeDecodeError as error:
@@ -257,12 +269,10 @@ def _repair(block: bytes, file: Path, why: str) -> tuple[pl.DataFrame, int]:
             f"{file} is not UTF-8 (byte 0x{block[error.start]:02x})",
             cure="convert it, for example with iconv -f latin1 -t utf-8",
         ) from None
-    csv.field_size_limit(_LONGEST_ROW_BYTES)
+    csv.field_size_limit(2 * _LONGEST_ROW_BYTES)
     reader = csv.reader(io.StringIO(text, newline=""))
     header = next(reader)
     rows = [row for row in reader if row]
     good = [row for row in rows if len(row) == len(header)]
-    if len(good) == len(rows):
-        raise ShardError(f"{file} cannot be read ({why.splitlines()[0]})", cure="export it again")
-    frame = pl.DataFrame(good, schema=dict.fromkeys(header, pl.String), orient="row")
-    return frame.with_columns(pl.all().replace("", None)), len(rows) - len(good)
+    cells = {name: [row[header.index(name)] or None for row in good] for name in columns}
+    return pl.DataFrame(cells, schema=dict.fromkeys(columns, pl.String)), len(rows) - len(good)

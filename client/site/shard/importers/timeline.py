@@ -46,9 +46,14 @@ OUTCOME_TASKS = (
     "readmission",
 )
 """UNI-MLM's two outcomes and AdaCoMed's three."""
+DEFAULT_HOUR = 48.0
+"""Of the one record of a stay, where nothing else is said (AdaCoMed)."""
 
 _TWO_DAYS, _MONTH = timedelta(hours=48), timedelta(days=30)
 _LONG, _SHORT = timedelta(days=7), timedelta(days=3)
+_YEAR_HOURS = 8760
+_MOST_DIGITS = 18  # of an id, which is a whole number of 64 bits
+_MOST_SITES = 200  # each holds four files open while an import writes
 
 
 def outcomes(
@@ -109,7 +114,15 @@ def outcomes(
 
 
 def at_hour(stays: pl.DataFrame, hour: float, tally: Tally) -> pl.DataFrame:
-    """One record per stay, `hour` hours after its begin; shorter stays have none."""
+    """One record per stay, `hour` hours after its begin; shorter stays have none.
+
+    Raises:
+        ShardError: `hour` is no time within a year.
+    """
+    if not 0 < hour <= _YEAR_HOURS:
+        raise ShardError(
+            f"a record at hour {hour:g}", cure=f"give an hour above 0, up to {_YEAR_HOURS:,}"
+        )
     time = pl.col("begin") + timedelta(hours=hour)
     lasting = tally.split(
         "records",
@@ -123,6 +136,8 @@ def at_hour(stays: pl.DataFrame, hour: float, tally: Tally) -> pl.DataFrame:
 
 def find_stay(frame: pl.DataFrame, stays: pl.DataFrame) -> pl.DataFrame:
     """Fills a null `stay` with the patient's stay that holds `time`; null where none does.
+
+    Where stays overlap, the one that began last is asked.
 
     Args:
         frame: Columns patient, time, and stay (may be missing).
@@ -159,12 +174,16 @@ def parse_sites(text: str | None) -> Literal["care-unit"] | int | None:
     Raises:
         ShardError: It is none of these.
     """
-    if text is None or text == "care-unit":
-        return text
+    if text is None:
+        return None
+    if text == "care-unit":
+        return "care-unit"
     kind, _, number = text.partition(":")
-    if kind == "hash" and number.isdigit() and 1 <= int(number) <= 1000:
+    if kind == "hash" and number.isdecimal() and 1 <= int(number) <= _MOST_SITES:
         return int(number)
-    raise ShardError(f"--sites {text}", cure="write care-unit, or hash:N with N from 1 to 1000")
+    raise ShardError(
+        f"--sites {text}", cure=f"write care-unit, or hash:N with N from 1 to {_MOST_SITES}"
+    )
 
 
 def site_of_patient(stays: pl.DataFrame, sites: Literal["care-unit"] | int | None) -> pl.DataFrame:
@@ -210,13 +229,16 @@ def read_opt_out(file: Path | None) -> frozenset[int]:
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ShardError(f"{file}: the opt-out list cannot be read ({error})") from None
+        raise ShardError(
+            f"{file}: the opt-out list cannot be read ({error})",
+            cure="give a text file in UTF-8 with one subject_id a line; nothing was imported",
+        ) from None
     patients = set()
     for number, line in enumerate(lines, 1):
         text = line.partition("#")[0].strip()
         if not text:
             continue
-        if not text.isdigit():
+        if not text.isdecimal() or len(text) > _MOST_DIGITS:
             raise ShardError(
                 f"{file}, line {number}: '{text}' is no patient id",
                 cure="write one subject_id a line; nothing was imported",
