@@ -104,7 +104,7 @@ _LONGEST_HOURS = 720.0
 """Nobody stays longer than 30 days; images end early enough for no risk to reach that far."""
 _LAST_IMAGE_HOURS = _LONGEST_HOURS - 60.0
 _SETTLING_HOURS = 110.0
-"""The hazard of discharge grows with the square of the hours; here it is what `score` says."""
+"""The hazard of discharge grows with the square of time; at this hour it is exp(`score`)."""
 _WINDOW_HOURS = 48.0
 MOST_STAYS = 5
 
