@@ -3,8 +3,8 @@
 Writes MIMIC-IV trees with made-up chartevents (about a quarter of the rows canonical, 4,000 rows
 per stay, gzip level 6 like the published files), imports them in fresh processes, and reads the
 same file with `pandas.read_csv` in another. Every figure is of one process from start to end; ours
-includes parsing times and numbers, units, staging, removing duplicates and writing the shard, pandas
-only reads. Peak memory is the resident set that the kernel reports.
+includes parsing times and numbers, units, staging, removing duplicates and writing the shard;
+pandas only reads. Peak memory is the resident set that the kernel reports.
 
     python -m simulations.benchmarks.importing            # 5 and 20 million rows, about 4 minutes
 """

@@ -503,6 +503,8 @@ def _images(folder: Path, objectors: Collection[int], tally: Tally) -> pl.DataFr
     text = pl.col("patient").cast(pl.String)
     inside = pl.format("files/p{}/p{}/s{}/{}.jpg", text.str.slice(0, 2), text, "study", "dicom")
     return tally.unique("images", frame, ["dicom"]).with_columns(
+        # One examination, one time: a report filed between two views would tell the labels.
+        time=pl.col("time").min().over("patient", "study"),
         path=inside.str.replace("^files/", "images/"),
         file=pl.format("{}/{}", pl.lit(str(folder.absolute())), inside),
     )
@@ -546,12 +548,8 @@ def _state_of_file(name: str) -> str | None:
 
 
 def _at_images(images: pl.DataFrame, stays: pl.DataFrame, tally: Tally) -> pl.DataFrame:
-    """One record per X-ray study during a stay, at the time of its last image."""
-    studies = (
-        images.group_by("patient", "study")
-        .agg(pl.col("time").max())
-        .sort("patient", "time", "study")
-    )
+    """One record per X-ray study during a stay."""
+    studies = images.select("patient", "study", "time").unique().sort("patient", "time", "study")
     tally["records"].rows += studies.height
     placed = find_stay(studies, stays).join(
         stays.select("stay", "stay_id", "died_at"), on="stay", how="left", maintain_order="left"

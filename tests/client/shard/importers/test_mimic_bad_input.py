@@ -455,7 +455,7 @@ IMAGES: dict[str, tuple[dict[str, Any], str]] = {
 def test_images_that_cannot_be_used_are_counted(ward_of_one, case):
     cells, reason = IMAGES[case]
     ward_of_one.xray(10, 1, 5, dicom="good")
-    ward_of_one.xray(**{"subject": 10, "study": 1, "hours": 4, "dicom": "bad"} | cells)
+    ward_of_one.xray(**{"subject": 10, "study": 1, "hours": 6, "dicom": "bad"} | cells)
     got = counted(ward_of_one, "images", {reason: 1})
     assert got.images["path"].to_list() == ["images/p10/p10/s1/good.jpg"]
     assert got.record()["cutoff_hours"] == 5.0

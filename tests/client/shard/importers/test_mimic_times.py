@@ -98,16 +98,19 @@ def test_procedures_count_at_their_start_and_as_one_whatever_they_last(ward):
     assert got.skipped("procedureevents") == {"given twice": 1}
 
 
-def test_views_of_a_study_are_one_record_at_the_last_of_them(mimic):
+def test_views_of_a_study_are_one_record_at_the_first_of_them(mimic):
+    """A report filed between two views stays unseen: it tells the study's labels."""
     mimic.patient(10)
     mimic.stay(10, 100)
-    for number, (view, hours) in enumerate([("PA", 5), ("LATERAL", 5 + MINUTE), (None, 5.0)]):
+    for number, (view, hours) in enumerate([("PA", 5), ("LATERAL", 7), (None, 5.0)]):
         mimic.xray(10, 7, hours, dicom=f"v{number}", view=view)
+    mimic.note(10, 100, "report of this very study", 5.5, 6)
     got = mimic.run()
     assert got.record()["record_id"] == "100-s7"
-    assert got.record()["cutoff_hours"] == pytest.approx(5 + MINUTE)
+    assert got.record()["cutoff_hours"] == 5.0
     assert sorted(got.images["view"], key=str) == ["LATERAL", None, "PA"]
-    assert (got.images["hours"] <= got.record()["cutoff_hours"]).all()
+    assert got.images["hours"].to_list() == [5.0] * 3
+    assert got.notes.is_empty()
     assert got.tally["records"].rows == 1
 
 
