@@ -35,8 +35,11 @@ class ImageDescriptor:
     * the 14 x 14 lowest frequencies of its cosine transform, without the mean, each c as
       sign(c) ln(1 + |c|);
     * histograms of 8 gradient orientations (sign ignored) in 6 x 6 cells, weighted by gradient
-      size, square-rooted (Dalal and Triggs 2005, without blocks);
-    * the square root of the histogram of 28 grey levels before stretching.
+      size, square-rooted (Dalal and Triggs 2005, without blocks), less the mean of each cell;
+    * the square root of the histogram of 28 grey levels before stretching, less its mean.
+
+    Without these means most of the vector would be the same for every image: a constant input,
+    which under differential privacy spends the clipping norm on nothing.
 
     8-bit and 12/16-bit files; of a colour image the first channel counts.
     """
@@ -87,8 +90,10 @@ def _describe(grey: NDArray[np.float32]) -> Embedding:
     low, high = np.percentile(small, [1, 99])
     stretched = np.clip((small - low) / max(high - low, 1e-6), 0, 1)
     levels, _ = np.histogram(small, bins=_LEVELS, range=(0.0, 1.0))
-    parts = [_waves(stretched), _edges(stretched), np.sqrt(levels)]
-    return unit_norm(np.concatenate([unit_norm(part) for part in parts]))
+    edges, roots = unit_norm(_edges(stretched)), unit_norm(np.sqrt(levels))
+    cells = edges.reshape(-1, _ORIENTATIONS)
+    centred = (cells - cells.mean(axis=1, keepdims=True)).ravel(), roots - roots.mean()
+    return unit_norm(np.concatenate([unit_norm(_waves(stretched)), *centred]))
 
 
 def _waves(image: NDArray[np.float64]) -> NDArray[np.float64]:

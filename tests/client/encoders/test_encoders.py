@@ -76,6 +76,15 @@ def test_the_descriptor_is_deterministic_and_of_unit_size(make_picture):
     assert np.linalg.norm(first) == pytest.approx(1.0, rel=1e-6)
 
 
+def test_the_descriptors_histograms_carry_no_constant_part(make_picture):
+    (vector,) = ImageDescriptor().encode([decode_image(make_picture(1), "x")])
+    cells, levels = vector[0, 195:483].reshape(36, 8), vector[0, 483:]
+    assert np.abs(cells.mean(axis=1)).max() < 1e-6
+    assert abs(levels.mean()) < 1e-6
+    assert np.linalg.norm(cells) > 0.1
+    assert np.linalg.norm(levels) > 0.1
+
+
 def test_the_descriptor_sees_the_same_in_8_and_16_bits_and_in_colour(make_picture):
     encoder = ImageDescriptor()
     pictures = [decode_image(make_picture(1, mode=m), "x") for m in ("L", "I;16", "RGB")]
