@@ -41,7 +41,7 @@ def show(report: Report, out: Path, console: Console) -> None:
                 str(values.support),
             )
         console.print(exact)
-    sites = _table("privacy, per patient", "hospital", "ε train", "ε validation", "δ", "steps", "")
+    sites = _table("privacy, per patient", "hospital", "ε train", "ε validation", "δ", "steps")
     for site in report.sites:
         spent = site.epsilon_by_population
         sites.add_row(
@@ -50,9 +50,11 @@ def show(report: Report, out: Path, console: Console) -> None:
             _epsilon(spent.get("validation")),
             f"{site.delta:g}" if report.privacy.mode != "none" else "–",
             str(site.steps),
-            f"did not take part: {site.refused}" if site.refused else "",
         )
     console.print(sites)
+    for site in report.sites:
+        if site.refused:
+            console.print(f"{site.name} did not take part to the end: {site.refused}")
     macro = report.macro.auroc
     lines = {
         "macro AUROC": f"{macro:.3f}" if macro is not None else "–",

@@ -153,15 +153,15 @@ def main(
     arms: list[tuple[str, Mapping[str, Path], float | None]] = [
         ("merged", merged, None),
         ("federated", sites, None),
-        *((f"federated, ε {e:g}", sites, e) for e in epsilon or [8.0, 2.0]),
+        *((f"ε {e:g}", sites, e) for e in epsilon or [8.0, 2.0]),
     ]
     for name, where, target in arms:
         for seed in range(seeds):
             console.print(f"[dim]{name}, seed {seed}[/]")
-            run = out / f"{base.name}-{name.replace(', ε ', '-')}-{seed}"
+            run = out / f"{base.name}-{name.replace('ε ', 'federated-')}-{seed}"
             columns.setdefault(name, []).append(exact_auroc(base, where, run, target, seed))
     table = Table(title=f"{base.name}: exact AUROC, held-out patients", box=SIMPLE)
-    table.add_column("task")
+    table.add_column("task", no_wrap=True)
     for name in columns:
         table.add_column(name, justify="right")
     for task in base.tasks:

@@ -91,7 +91,8 @@ def test_others_can_read_what_it_leaves(finished: tuple[Study, Path, Report, str
 def test_resuming_says_why_a_hospital_cannot(finished: tuple[Study, Path, Report, str]) -> None:
     """A lost vault key is one code for the coordinator, and a cure for the user."""
     study, out, _, _ = finished
-    cohort = {name: out.parent / "cohort" / name for name in ("northgate", "riverside")}
+    shards = out.parent / "cohort" / "shards"
+    cohort = {name: shards / name for name in ("northgate", "riverside")}
     (out / "sites" / "northgate" / "vault" / "vault.key").unlink()
     console = Console(file=io.StringIO(), width=200)
     with pytest.raises(FedwardError) as caught:

@@ -156,11 +156,14 @@ def write_shard(
         ShardError: The tables break the contract, or something lies at `path` already.
     """
     path = Path(path)
+    bring_back(path)
     if path.exists() and not overwrite:
         raise ShardError(f"{path} exists already", cure="choose another folder, or overwrite it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    making = Path(mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    place = Path(mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    making = place / path.name
     try:
+        making.mkdir()
         (making / META).write_text(tomli_w.dumps(dict(meta)))
         tables = {
             "records": records,
@@ -182,20 +185,36 @@ def write_shard(
             raise ShardError(message, cure=error.cure) from None
         replace_folder(making, path)
     finally:
-        shutil.rmtree(making, ignore_errors=True)
+        shutil.rmtree(place, ignore_errors=True)
     return Shard.open(path)
 
 
 def replace_folder(made: Path, path: Path) -> None:
-    """Moves a finished folder to its place; what lies there goes in the same moment."""
-    made.chmod(0o755)
-    if not path.exists():
+    """Moves a finished folder to its place. What lies there waits beside it, hidden, until the new
+    one has arrived, and returns if it does not."""
+    bring_back(path)
+    try:
+        if path.exists():
+            path.rename(_aside(path))
         made.rename(path)
+    finally:
+        bring_back(path)
+
+
+def bring_back(path: Path) -> None:
+    """Ends a `replace_folder` that was cut off: the old folder returns, or goes if the new one has
+    arrived."""
+    aside = _aside(path)
+    if not aside.exists():
         return
-    old = Path(mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-    path.rename(old / "shard")
-    made.rename(path)
-    shutil.rmtree(old)
+    if path.exists():
+        shutil.rmtree(aside)
+    else:
+        aside.rename(path)
+
+
+def _aside(path: Path) -> Path:
+    return path.parent / f".{path.name}.replaced"
 
 
 def _read(path: Path) -> tuple[Shard | None, list[ShardError]]:

@@ -21,6 +21,7 @@ import pytest
 from typer.testing import CliRunner
 
 from client.site.shard import Shard, inspect
+from client.site.shard.importers import staging
 from client.site.shard.importers.cli import app
 from client.site.shard.importers.meds import MedsSource, import_meds
 from client.site.shard.importers.meds_map import MedsMap, matches
@@ -673,6 +674,16 @@ def test_who_objects_is_nowhere(ward: Ward) -> None:
         assert "987654" not in content
         assert "Secret" not in content
         assert "HIS OWN" not in content
+
+
+def test_ids_below_zero_are_ids_like_others(ward: Ward, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "_BYTES_PER_BUCKET", 64)
+    ids = (-7, -8, -(2**63))
+    ward.write([row for number in ids for row in person(number) + stay(number, 0, 72)])
+    assert sorted(ward.shard().records["patient_id"]) == sorted(map(str, ids))
+    ward.run(objectors=[-7], overwrite=True, sites=2)
+    kept = pl.concat([Shard.open(site).records for site in sorted(ward.dest.iterdir())])
+    assert sorted(kept["patient_id"]) == sorted(map(str, ids[1:]))
 
 
 def test_a_killed_import_leaves_nothing_that_could_be_taken_for_a_shard(ward: Ward) -> None:

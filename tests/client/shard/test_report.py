@@ -191,11 +191,11 @@ def test_a_series_that_never_changes_is_told(look):
     ("key", "usual", "unit"),
     [
         (("chart", "temperature"), lambda z: 98.2 + z, "deg F"),
-        (("chart", "fio2"), lambda z: 0.45 + 0.1 * z, "fraction of 1"),
-        (("chart", "spo2"), lambda z: 0.97 + 0.01 * z, "fraction of 1"),
+        (("chart", "fio2"), lambda z: 0.45 + 0.1 * z, "fraction"),
+        (("chart", "spo2"), lambda z: 0.97 + 0.01 * z, "fraction"),
         (("chart", "weight"), lambda z: 176 + 30 * z, "lb"),
         (("lab", "glucose"), lambda z: 7.5 + z, "mmol/L"),
-        (("lab", "creatinine"), lambda z: 95 + 20 * z, "µmol/L"),
+        (("lab", "creatinine"), lambda z: 95 + 20 * z, "umol/L"),
         (("lab", "hemoglobin"), lambda z: 105 + 12 * z, "g/L"),
         (("lab", "calcium_total"), lambda z: 2.1 + 0.1 * z, "mmol/L"),
         (("lab", "pco2"), lambda z: 5.3 + 0.5 * z, "kPa"),
@@ -566,12 +566,20 @@ def test_how_the_shard_was_made_is_told(tmp_path):
         "created": "2026-01-02",
         "software": "fedward 0.1",
         "options": {"cutoff_hours": 24},
-        "tables": [{**table, "skipped": {"no unit": 100}}],
+        "tables": [{**table, "skipped": {"no unit": 100}, "noted": {"from kPa": 7}}],
         "remarks": ["charttime stands in for storetime"],
     }
     (shard.path / "import.json").write_text(json.dumps(history))
     words = Page(render(collect(shard))).words
-    for told in ("MIMIC-IV", "cutoff_hours: 24", "1,000", "no unit: 100", "90.0", "storetime"):
+    for told in (
+        "MIMIC-IV",
+        "cutoff_hours: 24",
+        "1,000",
+        "no unit: 100",
+        "from kPa: 7",
+        "90.0",
+        "storetime",
+    ):
         assert told in words
 
 

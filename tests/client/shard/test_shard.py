@@ -372,6 +372,34 @@ def test_a_shard_is_replaced_only_on_request(tmp_path, parts):
     assert [p.name for p in tmp_path.iterdir()] == ["ward"]
 
 
+@pytest.mark.parametrize("failure", [OSError("no space left"), KeyboardInterrupt()])
+def test_a_shard_whose_replacement_does_not_arrive_stays(tmp_path, parts, monkeypatch, failure):
+    write_shard(tmp_path / "ward", **parts)
+    rename = Path.rename
+
+    def fail_once(self, target):
+        if target == tmp_path / "ward":
+            monkeypatch.setattr(Path, "rename", rename)
+            assert not target.exists()
+            raise failure
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_once)
+    changed = {**parts, "records": parts["records"].drop("y_stay")}
+    with pytest.raises(type(failure)):
+        write_shard(tmp_path / "ward", **changed, overwrite=True)
+    assert Shard.open(tmp_path / "ward").tasks == ("death", "stay")
+    assert [p.name for p in tmp_path.iterdir()] == ["ward"]
+
+
+def test_a_shard_that_was_cut_off_while_it_was_replaced_returns(tmp_path, parts):
+    write_shard(tmp_path / "ward", **parts)
+    (tmp_path / "ward").rename(tmp_path / ".ward.replaced")
+    with pytest.raises(ShardError, match="exists already"):
+        write_shard(tmp_path / "ward", **parts)
+    assert [p.name for p in tmp_path.iterdir()] == ["ward"]
+
+
 # -- command ------------------------------------------------------------------------------------
 
 

@@ -52,8 +52,9 @@ class MedsSource:
     @property
     def records(self) -> float | tuple[str, ...]:
         """Hour of each stay's record, or patterns of the events that are records."""
-        at, hour = self.map.records.at, self.map.records.hour
-        return self.hour or at or hour
+        if self.hour is not None:
+            return self.hour
+        return self.map.records.at or self.map.records.hour
 
 
 def import_meds(
@@ -85,6 +86,7 @@ def import_meds(
             "--sites care-unit: the map names no care units",
             cure="write the codes of entries to them into the map: unit in [stays]",
         )
+    dest = dest.resolve()
     data = MedsData(source.root, objectors, progress)
     kinds = (*mapped.series, *(["notes"] if mapped.notes else []))
     options = replace(options, meta=_origin(mapped, data.metadata), kinds=kinds)
@@ -99,6 +101,7 @@ def import_meds(
             stays = every_stay.filter(pl.col("unit").is_not_null())
             tally.skip("stays.begin", "no entry to a unit", every_stay.height - stays.height)
         tally["stays.begin"].kept += stays.height
+        sites = site_of_patient(stays, options.sites)
         if isinstance(source.records, tuple):
             records = _at_events(_of(facts, "records.at"), stays, tally)
         else:
@@ -123,7 +126,7 @@ def import_meds(
             place,
             stays,
             records,
-            site_of_patient(stays, options.sites),
+            sites,
             staging,
             options,
             tally,

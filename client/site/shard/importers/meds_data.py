@@ -124,6 +124,7 @@ class MedsData:
                     seen += batch.num_rows
                     self._progress(what, done + size * seen // parquet.metadata.num_rows, self.size)
             done += size
+            self._progress(what, done, self.size)
 
 
 def _check_schema(file: Path, schema: pa.Schema) -> None:

@@ -5,13 +5,12 @@ study taken during a stay is a record, as in HAIM and UNI-MLM; without, a fixed 
 AdaCoMed. When an input became available: `storetime`, where there is one, for laboratory values,
 vital signs and notes (a report without it is left out: its own time is that of the image it
 describes); `starttime` for procedures, whose value is known only at the end and enters as 1; study
-date and time for images.
+date and time for images (`mimic_cxr`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,12 @@ from typing import Any
 import polars as pl
 
 from client.site.shard.contract import EVENT_SOURCES, MAX_AGE_YEARS
+from client.site.shard.importers.mimic_cxr import (
+    add_pathologies,
+    read_images,
+    records_of_studies,
+    whole_images,
+)
 from client.site.shard.importers.mimic_items import ITEMS
 from client.site.shard.importers.staging import Options, Staging, workplace, write_shards
 from client.site.shard.importers.tables import (
@@ -28,14 +33,13 @@ from client.site.shard.importers.tables import (
     parse_number,
     parse_times,
     read_whole,
+    require_table,
     scan,
 )
 from client.site.shard.importers.tally import Tally
 from client.site.shard.importers.timeline import (
     DEFAULT_HOUR,
-    PATHOLOGY_TASKS,
     at_hour,
-    find_stay,
     outcomes,
     site_of_patient,
     without_objectors,
@@ -53,10 +57,6 @@ META = {
 }
 """What shard.toml says of the origin."""
 
-_METADATA = "mimic-cxr-2.0.0-metadata"
-_CHEXPERT = "mimic-cxr-2.0.0-chexpert"
-_JPEG_BEGINS, _JPEG_ENDS = b"\xff\xd8", b"\xff\xd9"
-_BROKEN = ("the file is not on disk", "the file is no JPEG", "the JPEG is cut off")
 _NOTES = ("radiology", "discharge")
 _EVENT_COLUMNS = ("subject_id", "hadm_id", "itemid")
 
@@ -80,6 +80,11 @@ class MimicSource:
     hour: float | None = None
     exclude_early_discharges: bool = False
 
+    @property
+    def record_hour(self) -> float | None:
+        """Hour of each stay's record; None where each X-ray study is one."""
+        return DEFAULT_HOUR if self.hour is None and self.cxr is None else self.hour
+
 
 def import_mimic_iv(
     source: MimicSource,
@@ -102,55 +107,31 @@ def import_mimic_iv(
     Raises:
         ShardError: A table is missing or cannot be read, or `dest` may not be written.
     """
-    tally = Tally()
+    tally, dest = Tally(), dest.resolve()
     hosp, icu = _modules(source.root)
     with workplace(dest, overwrite=overwrite) as place:
         every_stay = _stays(hosp, icu, objectors, tally)
-        images = _images(source.cxr, objectors, tally) if source.cxr else None
         stays = every_stay.filter(pl.col("unit").is_not_null())
         tally.skip("admissions", "no stay in intensive care", every_stay.height - stays.height)
         tally["admissions"].kept += stays.height
-        by_image = images is not None and source.hour is None
-        if images is not None and by_image:
-            records = _at_images(images, stays, tally)
-            records = _pathologies(records, source.cxr, tally)
-        else:
-            records = at_hour(stays, source.hour or DEFAULT_HOUR, tally)
+        sites = site_of_patient(stays, options.sites)
+        images = read_images(source.cxr, objectors, tally) if source.cxr else None
         records = outcomes(
-            records,
+            _records(source, stays, images, objectors, tally),
             stays,
             every_stay,
             exclude_early_discharges=source.exclude_early_discharges,
         )
         _check_items(hosp, icu, tally)
-        large = [find_table(hosp, "labevents", required=False)]
-        large += [
-            find_table(icu, name, required=False) for name in ("chartevents", "procedureevents")
-        ]
-        notes = _note_tables(source.notes)
-        staging = Staging(
-            place / "staging", sum(f.stat().st_size for f in (*large, *notes.values()) if f)
-        )
-        patients = stays["patient"].unique()
-        for file, kind, stage in zip(
-            large, ("lab", "chart", "procedure"), (_values, _values, _procedures), strict=True
-        ):
-            if file is None:
-                tally.remarks.append(f"no table for {kind}: the source is absent in every record")
-                continue
-            for events in stage(file, kind, patients, tally, progress):
-                staging.add("events", file.name.partition(".")[0], events)
-        for name, file in notes.items():
-            for texts in _texts(file, name, patients, tally, progress):
-                staging.add("notes", name, texts)
+        staging = _staged_tables(source, place / "staging", stays, tally, progress)
         if images is not None:
-            staging.add("images", "images", _on_disk(images, stays, tally, progress))
+            staging.add("images", "images", whole_images(images, stays, tally, progress))
         written = write_shards(
             dest,
             place,
             stays,
             records,
-            site_of_patient(stays, options.sites),
+            sites,
             staging,
             options,
             tally,
@@ -158,6 +139,47 @@ def import_mimic_iv(
             progress,
         )
     return written, tally
+
+
+def _records(
+    source: MimicSource,
+    stays: pl.DataFrame,
+    images: pl.DataFrame | None,
+    objectors: Collection[int],
+    tally: Tally,
+) -> pl.DataFrame:
+    """Records in the form of `timeline`, with image labels where they are X-ray studies."""
+    if source.record_hour is not None:
+        return at_hour(stays, source.record_hour, tally)
+    assert source.cxr is not None
+    assert images is not None
+    return add_pathologies(records_of_studies(images, stays, tally), source.cxr, objectors, tally)
+
+
+def _staged_tables(
+    source: MimicSource, folder: Path, stays: pl.DataFrame, tally: Tally, progress: Progress
+) -> Staging:
+    """Events and notes of the stays' patients, on their way."""
+    hosp, icu = _modules(source.root)
+    tables = (
+        ("lab", find_table(hosp, "labevents"), _values),
+        ("chart", find_table(icu, "chartevents"), _values),
+        ("procedure", find_table(icu, "procedureevents"), _procedures),
+    )
+    notes = _note_tables(source.notes)
+    files = [*(file for _, file, _ in tables if file), *notes.values()]
+    staging = Staging(folder, sum(file.stat().st_size for file in files))
+    patients = stays["patient"].unique()
+    for kind, file, events_of in tables:
+        if file is None:
+            tally.remarks.append(f"no table for {kind}: the source is absent in every record")
+            continue
+        for events in events_of(file, kind, patients, tally, progress):
+            staging.add("events", file.name.partition(".")[0], events)
+    for name, file in notes.items():
+        for texts in _texts(file, name, patients, tally, progress):
+            staging.add("notes", name, texts)
+    return staging
 
 
 # -- stays ------------------------------------------------------------------------------------
@@ -177,7 +199,7 @@ def _modules(root: Path) -> tuple[Path, Path]:
 def _stays(hosp: Path, icu: Path, objectors: Collection[int], tally: Tally) -> pl.DataFrame:
     """All admissions in the form of `timeline`; `unit` is null without intensive care."""
     patients = read_whole(
-        find_file(hosp, "patients"),
+        require_table(hosp, "patients"),
         "patients",
         ("subject_id", "gender", "anchor_age", "anchor_year"),
         tally,
@@ -192,10 +214,10 @@ def _stays(hosp: Path, icu: Path, objectors: Collection[int], tally: Tally) -> p
             f"{len(strangers)} of {len(objectors)} ids on the opt-out list are nobody's here: "
             "check their spelling"
         )
-    patients = _of_patients(patients, "patients", objectors, tally)
+    patients = without_objectors(patients, "patients", objectors, tally)
     patients = tally.unique("patients", patients, ["patient"])
     admissions = read_whole(
-        find_file(hosp, "admissions"),
+        require_table(hosp, "admissions"),
         "admissions",
         (
             "subject_id",
@@ -208,22 +230,25 @@ def _stays(hosp: Path, icu: Path, objectors: Collection[int], tally: Tally) -> p
         ),
         tally,
     )
-    stays = parse_times(admissions, "admittime", "dischtime", "deathtime").select(
+    times = parse_times(admissions, "admittime", "dischtime", "deathtime", available=("deathtime",))
+    that_day = pl.min_horizontal("deathtime", "dischtime")
+    stays = times.select(
         parse_id("hadm_id").alias("stay"),
         parse_id("subject_id").alias("patient"),
         pl.col("admittime").alias("begin"),
         pl.col("dischtime").alias("end"),
-        pl.col("deathtime").alias("died_at"),
+        pl.when("dated").then(that_day).otherwise("deathtime").alias("died_at"),
         pl.col("admission_type").is_in(PLANNED).fill_null(False).alias("planned"),
         (parse_number("hospital_expire_flag") == 1).fill_null(False).alias("died"),
         "garbled",
+        "dated",
     )
-    stays = _of_patients(stays, "admissions", objectors, tally)
+    stays = without_objectors(stays, "admissions", objectors, tally)
     stays = tally.split("admissions", stays, ("no readable hadm_id", pl.col("stay").is_null()))
     stays = tally.unique("admissions", stays, stays.columns)
     if (twice := stays.filter(pl.col("stay").is_duplicated())).height:
         raise ShardError(
-            f"{find_file(hosp, 'admissions')}: hadm_id {twice['stay'][0]} is given twice with "
+            f"{require_table(hosp, 'admissions')}: hadm_id {twice['stay'][0]} is given twice with "
             f"different contents (and {twice['stay'].n_unique() - 1} others)",
             cure="keep one row per admission",
         )
@@ -240,7 +265,16 @@ def _stays(hosp: Path, icu: Path, objectors: Collection[int], tally: Tally) -> p
         ("a time is unreadable", pl.col("garbled")),
         ("no admission or discharge time", begin.is_null() | end.is_null()),
         ("discharged before admitted", end < begin),
-        ("died before admitted", died_at < begin),
+    )
+    tally.note(
+        "admissions",
+        "died before admitted: the discharge counts",
+        stays.filter(died_at < begin).height,
+    )
+    tally.note(
+        "admissions",
+        "a date of death without a time: the end of that day, at most the discharge",
+        stays.filter("dated").height,
     )
     unclear = pl.col("died") != died_at.is_not_null()
     tally.note(
@@ -251,7 +285,10 @@ def _stays(hosp: Path, icu: Path, objectors: Collection[int], tally: Tally) -> p
     age = pl.col("anchor_age") + begin.dt.year() - pl.col("anchor_year")
     stays = stays.with_columns(
         stay_id=pl.col("stay").cast(pl.String),
-        died_at=pl.coalesce(died_at, pl.when(pl.col("died")).then(end)),
+        died_at=pl.when(died_at >= begin)
+        .then(died_at)
+        .when(died_at.is_not_null() | pl.col("died"))
+        .then(end),
         age=pl.when(age.is_between(0, MAX_AGE_YEARS)).then(age),
     )
     tally.note(
@@ -271,7 +308,7 @@ def _units(
 ) -> pl.DataFrame:
     """First unit of intensive care of each admission: columns stay, unit."""
     table = read_whole(
-        find_file(icu, "icustays"),
+        require_table(icu, "icustays"),
         "icustays",
         ("subject_id", "hadm_id", "first_careunit", "intime"),
         tally,
@@ -282,7 +319,7 @@ def _units(
         pl.col("first_careunit").fill_null("unknown").alias("unit"),
         "intime",
     )
-    frame = _of_patients(frame, "icustays", objectors, tally)
+    frame = without_objectors(frame, "icustays", objectors, tally)
     frame = tally.unique("icustays", frame, frame.columns)
     frame = tally.split(
         "icustays",
@@ -303,26 +340,27 @@ def _units(
 
 
 def _of_patients(
-    frame: pl.DataFrame, table: str, objectors: Collection[int], tally: Tally
+    frame: pl.DataFrame, table: str, patients: pl.Series, tally: Tally
 ) -> pl.DataFrame:
-    frame = tally.split(table, frame, ("no readable subject_id", pl.col("patient").is_null()))
-    return without_objectors(frame, table, objectors, tally)
-
-
-def _strangers(patients: pl.Series) -> tuple[tuple[str, pl.Expr], ...]:
-    """Rules for `Tally.split`: rows that are of no patient of the import."""
+    """Rows of the import's patients that have readable times, with columns patient and stay."""
+    frame = frame.with_columns(
+        parse_id("subject_id").alias("patient"), parse_id("hadm_id").alias("stay")
+    )
     patient = pl.col("patient")
-    return (
+    frame = tally.split(
+        table,
+        frame,
         ("no readable subject_id", patient.is_null()),
         ("patient not among the import's", ~patient.is_in(patients.implode())),
+        ("a time is unreadable", pl.col("garbled")),
     )
-
-
-def find_file(folder: Path, name: str) -> Path:
-    """A table that must be there."""
-    file = find_table(folder, name)
-    assert file is not None
-    return file
+    given = pl.col("hadm_id").str.strip_chars() != ""
+    for what, rule in (
+        ("hadm_id unreadable: found by time", pl.col("stay").is_null() & given),
+        ("a date without a time: the end of that day counts", pl.col("dated")),
+    ):
+        tally.note(table, what, frame.filter(rule).height)
+    return frame
 
 
 # -- events -----------------------------------------------------------------------------------
@@ -332,7 +370,7 @@ def _check_items(hosp: Path, icu: Path, tally: Tally) -> None:
     """Remarks on items that the dictionaries lack, or call by another name."""
     labels: dict[int, str] = {}
     for folder, name in ((icu, "d_items"), (hosp, "d_labitems")):
-        file = find_table(folder, name, required=False)
+        file = find_table(folder, name)
         if file is None:
             tally.remarks.append(f"no dictionary {name}: its items were not checked")
             continue
@@ -374,19 +412,16 @@ def _values(
     items, table = _items(kind), file.name.partition(".")[0]
     columns = (*_EVENT_COLUMNS, "charttime", "storetime", "valuenum", "valueuom")
     for block in scan(file, table, columns, tally, only=_wanted(items), progress=progress):
-        frame = parse_times(block, "charttime", "storetime").with_columns(
+        times = ("charttime", "storetime")
+        frame = parse_times(block, *times, available=times).with_columns(
             parse_id("itemid"),
-            parse_id("subject_id").alias("patient"),
-            parse_id("hadm_id").alias("stay"),
             parse_number("valuenum").alias("value"),
             unit=pl.col("valueuom").str.strip_chars().replace("", None),
         )
         frame = tally.split(
             table,
-            frame,
-            *_strangers(patients),
+            _of_patients(frame, table, patients, tally),
             ("no number", pl.col("value").is_null()),
-            ("a time is unreadable", pl.col("garbled")),
             ("no time", pl.col("charttime").is_null() & pl.col("storetime").is_null()),
         )
         late = pl.col("storetime") < pl.col("charttime")
@@ -407,18 +442,12 @@ def _procedures(
     items, table = _items(kind), file.name.partition(".")[0]
     columns = (*_EVENT_COLUMNS, "starttime")
     for block in scan(file, table, columns, tally, only=_wanted(items), progress=progress):
-        frame = parse_times(block, "starttime").with_columns(
-            parse_id("itemid"),
-            parse_id("subject_id").alias("patient"),
-            parse_id("hadm_id").alias("stay"),
-            time="starttime",
-            value=pl.lit(1.0),
+        frame = parse_times(block, "starttime", available=("starttime",)).with_columns(
+            parse_id("itemid"), time="starttime", value=pl.lit(1.0)
         )
         frame = tally.split(
             table,
-            frame,
-            *_strangers(patients),
-            ("a time is unreadable", pl.col("garbled")),
+            _of_patients(frame, table, patients, tally),
             ("no time", pl.col("time").is_null()),
         )
         yield frame.join(items, on="itemid", maintain_order="left")
@@ -431,7 +460,7 @@ def _note_tables(folder: Path | None) -> dict[str, Path]:
     if folder is None:
         return {}
     place = folder / "note" if (folder / "note").is_dir() else folder
-    found = {name: find_table(place, name, required=False) for name in _NOTES}
+    found = {name: find_table(place, name) for name in _NOTES}
     tables = {name: file for name, file in found.items() if file}
     if not tables:
         raise ShardError(
@@ -447,150 +476,16 @@ def _texts(
     """Blocks of a note table; a note counts from when it was filed."""
     columns = ("subject_id", "hadm_id", "charttime", "storetime", "text")
     for block in scan(file, category, columns, tally, progress=progress):
-        frame = parse_times(block, "charttime", "storetime").select(
-            parse_id("subject_id").alias("patient"),
-            parse_id("hadm_id").alias("stay"),
-            "charttime",
-            time="storetime",
-            category=pl.lit(category),
-            text=pl.col("text").str.strip_chars(),
-            garbled="garbled",
+        frame = parse_times(block, "charttime", "storetime", available=("storetime",)).with_columns(
+            time="storetime", category=pl.lit(category), text=pl.col("text").str.strip_chars()
         )
         yield tally.split(
             category,
-            frame,
-            *_strangers(patients),
+            _of_patients(frame, category, patients, tally),
             ("no text", pl.col("text").is_null() | (pl.col("text") == "")),
-            ("a time is unreadable", pl.col("garbled")),
             ("no storetime: when it could be read is not known", pl.col("time").is_null()),
             ("filed before it was written", pl.col("time") < pl.col("charttime")),
         )
-
-
-# -- images -----------------------------------------------------------------------------------
-
-
-def _images(folder: Path, objectors: Collection[int], tally: Tally) -> pl.DataFrame:
-    """Columns patient, stay (null), study, time, path, file, view; files that are there."""
-    file = find_file(folder, _METADATA)
-    table = read_whole(
-        file,
-        "images",
-        ("dicom_id", "subject_id", "study_id", "ViewPosition", "StudyDate", "StudyTime"),
-        tally,
-    )
-    clock = pl.col("StudyTime").str.strip_chars().str.split(".")
-    seconds = clock.list.get(0, null_on_oob=True).str.zfill(6)
-    fraction = clock.list.get(1, null_on_oob=True).fill_null("0")
-    stamp = pl.concat_str(
-        parse_id("StudyDate").cast(pl.String), pl.lit(" "), seconds, pl.lit("."), fraction
-    )
-    frame = table.select(
-        parse_id("subject_id").alias("patient"),
-        pl.lit(None, dtype=pl.Int64).alias("stay"),
-        parse_id("study_id").alias("study"),
-        stamp.str.to_datetime("%Y%m%d %H%M%S%.f", time_unit="us", strict=False).alias("time"),
-        pl.col("ViewPosition").alias("view"),
-        pl.col("dicom_id").alias("dicom"),
-    )
-    frame = _of_patients(frame, "images", objectors, tally)
-    frame = tally.split(
-        "images",
-        frame,
-        ("no readable dicom_id or study_id", pl.col("dicom").is_null() | pl.col("study").is_null()),
-        ("no readable StudyDate and StudyTime", pl.col("time").is_null()),
-    )
-    text = pl.col("patient").cast(pl.String)
-    inside = pl.format("files/p{}/p{}/s{}/{}.jpg", text.str.slice(0, 2), text, "study", "dicom")
-    return tally.unique("images", frame, ["dicom"]).with_columns(
-        # One examination, one time: a report filed between two views would tell the labels.
-        time=pl.col("time").min().over("patient", "study"),
-        path=inside.str.replace("^files/", "images/"),
-        file=pl.format("{}/{}", pl.lit(str(folder.absolute())), inside),
-    )
-
-
-def _on_disk(
-    images: pl.DataFrame, stays: pl.DataFrame, tally: Tally, progress: Progress
-) -> pl.DataFrame:
-    """Images of the stays whose files are there and whole."""
-    placed = tally.split(
-        "images",
-        find_stay(images, stays),
-        ("in no hospital stay of the import", pl.col("stay").is_null()),
-    )
-    files, states = placed["file"].to_list(), []
-    with ThreadPoolExecutor() as pool:
-        for number, state in enumerate(pool.map(_state_of_file, files, chunksize=256), 1):
-            states.append(state)
-            if number % 1000 == 0 or number == len(files):
-                progress("images", number, len(files))
-    return tally.split(
-        "images",
-        placed.with_columns(state=pl.Series(states, dtype=pl.String)),
-        *((reason, pl.col("state") == reason) for reason in _BROKEN),
-    )
-
-
-def _state_of_file(name: str) -> str | None:
-    """Whether a JPEG is there from its first to its last byte; decoding all would take hours."""
-    try:
-        with open(name, "rb") as file:
-            begin = file.read(2)
-            file.seek(0, 2)
-            file.seek(-min(64, file.tell()), 2)
-            end = file.read()
-    except OSError:
-        return _BROKEN[0]
-    if begin != _JPEG_BEGINS:
-        return _BROKEN[1]
-    return None if _JPEG_ENDS in end else _BROKEN[2]
-
-
-def _at_images(images: pl.DataFrame, stays: pl.DataFrame, tally: Tally) -> pl.DataFrame:
-    """One record per X-ray study during a stay."""
-    studies = images.select("patient", "study", "time").unique().sort("patient", "time", "study")
-    tally["records"].rows += studies.height
-    placed = find_stay(studies, stays).join(
-        stays.select("stay", "stay_id", "died_at"), on="stay", how="left", maintain_order="left"
-    )
-    placed = tally.split(
-        "records",
-        placed,
-        ("X-ray outside of every stay with intensive care", pl.col("stay").is_null()),
-        ("X-ray after death", pl.col("time") > pl.col("died_at")),
-    )
-    return placed.select(
-        pl.format("{}-s{}", "stay_id", "study").alias("record_id"), "stay", "study", "time"
-    )
-
-
-def _pathologies(records: pl.DataFrame, cxr: Path | None, tally: Tally) -> pl.DataFrame:
-    """Adds the ten image labels: 1 true, 0 false; uncertain (-1) and blank are unknown."""
-    assert cxr is not None
-    names = {task: task.replace("_", " ").title() for task in PATHOLOGY_TASKS}
-    table = read_whole(
-        find_file(cxr, _CHEXPERT), "chexpert", ("study_id", *names.values()), tally
-    ).with_columns(parse_id("study_id").alias("study"))
-    table = tally.split("chexpert", table, ("no readable study_id", pl.col("study").is_null()))
-    table = tally.unique("chexpert", table, ["study"])
-    imported = pl.col("study").is_in(records["study"].unique().implode())
-    table = tally.split("chexpert", table, ("no record of its study", ~imported))
-    tally["chexpert"].kept += table.height
-    values = {task: parse_number(column) for task, column in names.items()}
-    odd = pl.any_horizontal(
-        ~value.is_in([1.0, 0.0, -1.0]) | (value.is_null() & pl.col(names[task]).is_not_null())
-        for task, value in values.items()
-    )
-    tally.note("chexpert", "a label other than 1, 0, -1: unknown", table.filter(odd).height)
-    labels = table.select(
-        "study",
-        *(
-            pl.when(value.is_in([0.0, 1.0])).then(value == 1.0).alias(f"y_{task}")
-            for task, value in values.items()
-        ),
-    )
-    return records.join(labels, on="study", how="left", maintain_order="left").drop("study")
 
 
 # -- the story --------------------------------------------------------------------------------
@@ -608,8 +503,8 @@ def _about(source: MimicSource, options: Options) -> dict[str, Any]:
         "options": {
             "modules": modules,
             "records": "X-ray studies"
-            if source.cxr and source.hour is None
-            else f"hour {source.hour or DEFAULT_HOUR:g}",
+            if source.record_hour is None
+            else f"hour {source.record_hour:g}",
             "exclude_early_discharges": source.exclude_early_discharges,
             "complete_only": options.complete_only,
             "sites": options.sites,

@@ -29,14 +29,14 @@ from client.site.shard import contract
 from client.site.shard.importers.tables import Progress
 from client.site.shard.importers.tally import Tally
 from client.site.shard.importers.timeline import find_stay
-from client.site.shard.shard import HOSPITAL, META
+from client.site.shard.shard import HOSPITAL, META, bring_back, replace_folder
 from common.errors import ShardError
 
 _BYTES_PER_BUCKET = 16 << 20  # of compressed source
 _MOST_BUCKETS = 256
 _BYTES_AHEAD = 1 << 26
 _FEW_PATIENTS = 500
-_REPLACED = "replaced"
+_STORY = "import.json"
 
 KINDS: Mapping[str, tuple[str, ...]] = {
     "events": ("source", "series", "value"),
@@ -44,6 +44,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "notes": ("category", "text"),
 }
 """Inputs and their own columns; all have table (of the source), patient, stay (or null), time."""
+_MADE = {META, _STORY, "images", "report.html", *(f"{t}.parquet" for t in ("records", *KINDS))}
 
 
 @dataclass(frozen=True)
@@ -137,24 +138,29 @@ def workplace(dest: Path, *, overwrite: bool) -> Iterator[Path]:
     """
     dest.parent.mkdir(parents=True, exist_ok=True)
     place = dest.parent / f".{dest.name}.importing"
-    place.mkdir(exist_ok=True)
+    try:
+        place.mkdir(exist_ok=True)
+    except FileExistsError:
+        raise ShardError(
+            f"{place} is a file: an import works in a folder of this name", cure="remove the file"
+        ) from None
     held = os.open(place, os.O_RDONLY)
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if (place / _REPLACED).exists() and not dest.exists():
-            (place / _REPLACED).rename(dest)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ShardError(
+                f"another import into {dest} is running", cure="wait for it, or end it"
+            ) from None
+        bring_back(dest)
         for left in place.iterdir():
-            shutil.rmtree(left)
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
         try:
             if dest.exists():
                 _check_replaceable(dest, overwrite)
             yield place
         finally:
             shutil.rmtree(place, ignore_errors=True)
-    except BlockingIOError:
-        raise ShardError(
-            f"another import into {dest} is running", cure="wait for it, or end it"
-        ) from None
     finally:
         os.close(held)
 
@@ -215,9 +221,7 @@ def write_shards(
     for site, writer in writers.items():
         writer.finish({"name": site, "hospital": site, **options.meta}, story)
     single = options.sites is None
-    if dest.exists():
-        dest.rename(place / _REPLACED)
-    (made / next(iter(writers)) if single else made).rename(dest)
+    replace_folder(made / next(iter(writers)) if single else made, dest)
     return [dest] if single else [dest / site for site in sorted(writers)]
 
 
@@ -357,10 +361,10 @@ class _SiteWriter:
         self._append("records", records, contract.check_records)
         for table, frame in inputs.items():
             if frame.height:
-                if table == "images":
-                    self._place_images(frame)
                 check = partial(contract.check_inputs, table, stays=records["stay_id"])
                 self._append(table, frame, check)
+                if table == "images":  # now no path leads out of the shard
+                    self._place_images(frame)
 
     def _append(
         self, table: str, frame: pl.DataFrame, check: Callable[..., Iterator[ShardError]]
@@ -378,7 +382,7 @@ class _SiteWriter:
         for file in self._files.values():
             file.close()
         (self.folder / META).write_text(tomli_w.dumps(dict(meta)), encoding="utf-8")
-        (self.folder / "import.json").write_text(
+        (self.folder / _STORY).write_text(
             json.dumps(story, indent=1, ensure_ascii=False), encoding="utf-8"
         )
 
@@ -400,10 +404,23 @@ def _reasons(tally: Tally) -> str:
 
 
 def _check_replaceable(dest: Path, overwrite: bool) -> None:
-    """Raises ShardError unless `overwrite`, and nothing but shards would be lost."""
+    """Raises ShardError unless `overwrite`, and nothing would be lost but what imports made."""
     if not overwrite:
         raise ShardError(f"{dest} exists already", cure="choose another folder, or --overwrite it")
     whole = not dest.is_dir() or (dest / META).is_file()
-    folders: Sequence[Path] = [dest] if whole else list(dest.iterdir())
-    if not all((folder / META).is_file() for folder in folders):
-        raise ShardError(f"{dest} holds something that is no shard", cure="choose another folder")
+    for folder in [dest] if whole else sorted(dest.iterdir()):
+        if not (folder / META).is_file():
+            raise ShardError(
+                f"{dest} holds something that is no shard: {folder.name}",
+                cure="choose another folder",
+            )
+        if not (folder / _STORY).is_file():
+            raise ShardError(
+                f"{folder} was not made by an import: it has no {_STORY}",
+                cure="choose another folder",
+            )
+        if added := sorted({entry.name for entry in folder.iterdir()} - _MADE):
+            raise ShardError(
+                f"{folder / added[0]} was not made by an import, and would be lost",
+                cure="move it elsewhere, or choose another folder",
+            )

@@ -16,7 +16,8 @@ import queue
 import re
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from datetime import timedelta
 from gzip import BadGzipFile
 from pathlib import Path
 from typing import IO, Any
@@ -33,26 +34,30 @@ Progress = Callable[[str, int, int], None]
 _BLOCK_BYTES = 1 << 24
 _LONGEST_ROW_BYTES = 1 << 26
 _BLOCKS_AHEAD = 1
-_TIME = "%Y-%m-%d %H:%M:%S"
+_TIME, _DATE = "%Y-%m-%d %H:%M:%S", "%Y-%m-%d"
+_TO_LAST_SECOND = timedelta(days=1, seconds=-1)
 _BOM = b"\xef\xbb\xbf"
 _CONTENT = bytes(set(range(256)) - set(b',"\n'))
 _QUOTED = re.compile(rb'"[^"]*"')
 
 
-def find_table(folder: Path, name: str, *, required: bool = True) -> Path | None:
-    """File of a table: `<name>.csv.gz`, else `<name>.csv`.
+def find_table(folder: Path, name: str) -> Path | None:
+    """File of a table: `<name>.csv.gz`, else `<name>.csv`; None where neither is there."""
+    files = (folder / f"{name}{suffix}" for suffix in (".csv.gz", ".csv"))
+    return next((file for file in files if file.is_file()), None)
+
+
+def require_table(folder: Path, name: str) -> Path:
+    """The same for a table without which there is no import.
 
     Raises:
-        ShardError: Neither is there, and it is required.
+        ShardError: It is not there.
     """
-    for suffix in (".csv.gz", ".csv"):
-        if (file := folder / f"{name}{suffix}").is_file():
-            return file
-    if required:
-        raise ShardError(
-            f"{folder / name}.csv.gz is missing", cure="download the table, or mend the path"
-        )
-    return None
+    if file := find_table(folder, name):
+        return file
+    raise ShardError(
+        f"{folder / name}.csv.gz is missing", cure="download the table, or mend the path"
+    )
 
 
 def read_whole(file: Path, table: str, columns: Sequence[str], tally: Tally) -> pl.DataFrame:
@@ -95,25 +100,35 @@ def scan(
             progress(table, read, file.stat().st_size)
             if frame.height:
                 yield frame
+    progress(table, file.stat().st_size, file.stat().st_size)
 
 
-def parse_times(frame: pl.DataFrame, *columns: str) -> pl.DataFrame:
+def parse_times(
+    frame: pl.DataFrame, *columns: str, available: Collection[str] = ()
+) -> pl.DataFrame:
     """Text columns as times: `2180-05-06 22:23:00`, with fractions, or a date alone; else null.
 
-    The new column `garbled` says where a cell holds something that is none of these.
+    A date alone is its midnight, but in those of the columns that say when something was
+    `available` the last second of the day: at midnight it would be seen before it was there.
+
+    The new column `garbled` says where a cell holds something that is none of these, and `dated`
+    where one of `available` holds a date alone.
     """
-    garbled = pl.repeat(False, frame.height, dtype=pl.Boolean, eager=True)
+    garbled = dated = pl.repeat(False, frame.height, dtype=pl.Boolean, eager=True)
     for name in columns:
         text = frame[name]
         times = text.str.to_datetime(_TIME, time_unit="us", strict=False)
         if times.null_count() > text.null_count():  # the other forms are rare, and slow to parse
             clean = text.str.strip_chars()
-            for form in (f"{_TIME}%.f", "%Y-%m-%d"):
+            for form in (f"{_TIME}%.f", _DATE):
                 other = clean.str.to_datetime(form, time_unit="us", strict=False)
+                if form == _DATE and name in available:
+                    other += _TO_LAST_SECOND
+                    dated = dated | other.is_not_null()
                 times = times.zip_with(times.is_not_null(), other)
             garbled = garbled | (times.is_null() & (clean != "").fill_null(False))
         frame = frame.with_columns(times.alias(name))
-    return frame.with_columns(garbled=garbled)
+    return frame.with_columns(garbled=garbled, dated=dated)
 
 
 def parse_id(column: str) -> pl.Expr:

@@ -52,7 +52,8 @@ DEFAULT_HOUR = 48.0
 _TWO_DAYS, _MONTH = timedelta(hours=48), timedelta(days=30)
 _LONG, _SHORT = timedelta(days=7), timedelta(days=3)
 _YEAR_HOURS = 8760
-_MOST_DIGITS = 18  # of an id, which is a whole number of 64 bits
+_ID = re.compile(r"-?[0-9]{1,19}")
+_LARGEST_ID = 2**63 - 1
 _MOST_SITES = 200  # each holds four files open while an import writes
 
 
@@ -137,7 +138,7 @@ def at_hour(stays: pl.DataFrame, hour: float, tally: Tally) -> pl.DataFrame:
 def find_stay(frame: pl.DataFrame, stays: pl.DataFrame) -> pl.DataFrame:
     """Fills a null `stay` with the patient's stay that holds `time`; null where none does.
 
-    Where stays overlap, the one that began last is asked.
+    Of several that hold it, it is the one that began last.
 
     Args:
         frame: Columns patient, time, and stay (may be missing).
@@ -147,12 +148,25 @@ def find_stay(frame: pl.DataFrame, stays: pl.DataFrame) -> pl.DataFrame:
     lost = frame.filter(pl.col("stay").is_null())
     if lost.is_empty():
         return frame
-    spans = stays.select("patient", "begin", "end", found="stay").sort("begin")
-    placed = (
+    spans = stays.select("patient", "begin", "end", found="stay").sort("patient", "begin", "found")
+    reached = pl.col("end").cum_max().shift().over("patient")
+    entangled = spans.filter(reached > pl.col("begin"))["patient"].unique()
+    overlap = pl.col("patient").is_in(entangled.implode())
+    placed = [
+        _last_begun(lost.filter(~overlap), spans),
+        _last_holding(lost.filter(overlap), spans.filter(overlap)),
+    ]
+    given = frame.filter(pl.col("stay").is_not_null())
+    return pl.concat([given, *(part.select(frame.columns) for part in placed)])
+
+
+def _last_begun(lost: pl.DataFrame, spans: pl.DataFrame) -> pl.DataFrame:
+    """`find_stay` for patients whose stays follow one another."""
+    return (
         lost.drop("stay")
         .sort("time", maintain_order=True)
         .join_asof(
-            spans,
+            spans.sort("begin", maintain_order=True),
             left_on="time",
             right_on="begin",
             by="patient",
@@ -160,9 +174,22 @@ def find_stay(frame: pl.DataFrame, stays: pl.DataFrame) -> pl.DataFrame:
             check_sortedness=False,
         )
         .with_columns(stay=pl.when(pl.col("time") <= pl.col("end")).then(pl.col("found")))
-        .select(frame.columns)
     )
-    return pl.concat([frame.filter(pl.col("stay").is_not_null()), placed])
+
+
+def _last_holding(lost: pl.DataFrame, spans: pl.DataFrame) -> pl.DataFrame:
+    """`find_stay` for patients whose stays overlap, or lie in one another: all are looked at."""
+    rows = lost.drop("stay").with_row_index("_row")
+    holding = (
+        rows.select("_row", "patient", "time")
+        .join(spans, on="patient")
+        .filter(pl.col("time").is_between("begin", "end"))
+        .sort("begin", "found")
+        .unique("_row", keep="last", maintain_order=True)
+    )
+    return rows.join(
+        holding.select("_row", stay="found"), on="_row", how="left", maintain_order="left"
+    )
 
 
 # -- sites ------------------------------------------------------------------------------------
@@ -192,6 +219,9 @@ def site_of_patient(stays: pl.DataFrame, sites: Literal["care-unit"] | int | Non
     Args:
         stays: The stays of all patients.
         sites: By the unit of a patient's first stay, by hash, or one site for all (empty name).
+
+    Raises:
+        ShardError: There are more care units than an import can make sites of.
     """
     first = stays.sort("begin", "stay").unique("patient", keep="first", maintain_order=True)
     if sites is None:
@@ -200,6 +230,11 @@ def site_of_patient(stays: pl.DataFrame, sites: Literal["care-unit"] | int | Non
         name = pl.Series([f"site-{_hash(p) % sites + 1}" for p in first["patient"]])
     else:
         name = pl.Series([slug(unit or "unknown") for unit in first["unit"]], dtype=pl.String)
+    if (count := name.n_unique()) > _MOST_SITES:
+        raise ShardError(
+            f"--sites care-unit: {count} care units, which are more than {_MOST_SITES} sites",
+            cure="write --sites hash:N, or give units of one kind the same name",
+        )
     return first.select("patient").with_columns(site=name)
 
 
@@ -238,7 +273,7 @@ def read_opt_out(file: Path | None) -> frozenset[int]:
         text = line.partition("#")[0].strip()
         if not text:
             continue
-        if not text.isdecimal() or len(text) > _MOST_DIGITS:
+        if not _ID.fullmatch(text) or not -_LARGEST_ID - 1 <= int(text) <= _LARGEST_ID:
             raise ShardError(
                 f"{file}, line {number}: '{text}' is no patient id",
                 cure="write one subject_id a line; nothing was imported",
@@ -250,7 +285,11 @@ def read_opt_out(file: Path | None) -> frozenset[int]:
 def without_objectors(
     frame: pl.DataFrame, table: str, objectors: Collection[int], tally: Tally
 ) -> pl.DataFrame:
-    """Rows of patients who do not object; column `patient`."""
+    """Rows whose patient (column `patient`) is known and does not object."""
+    patient = pl.col("patient")
     return tally.split(
-        table, frame, ("the patient objects", pl.col("patient").is_in(list(objectors)))
+        table,
+        frame,
+        ("no readable subject_id", patient.is_null()),
+        ("the patient objects", patient.is_in(list(objectors))),
     )

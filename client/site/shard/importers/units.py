@@ -6,10 +6,13 @@ counted: a glucose in mmol/L read as mg/dL is a patient who does not exist.
 
 from __future__ import annotations
 
+import re
+
 import polars as pl
 
 from client.site.shard.clinical import SERIES
 from client.site.shard.importers.tally import Tally
+from client.site.shard.units import UNITS, conversions
 
 _SPELLINGS = {
     "1/min": ("bpm", "/min", "insp/min", "breaths/min", "beats/min", "breath", "bpm."),
@@ -31,44 +34,11 @@ _SPELLINGS = {
 }
 _UNIT_OF = {name.lower(): unit for unit, names in _SPELLINGS.items() for name in (unit, *names)}
 _UNIT_OF |= {spec.unit.lower(): spec.unit for spec in SERIES.values()}
+_UNIT_OF |= {unit.lower(): unit for unit in UNITS}
 _NOT_GIVEN = ("", "unk", "none", "nan")
-
-_FACTORS: dict[tuple[str, str], float] = {
-    ("ng/mL", "ug/L"): 1.0,
-    ("ng/mL", "mg/L"): 1e-3,
-    ("ng/mL", "ug/mL"): 1e-3,
-    ("ug/mL", "mg/L"): 1.0,
-    ("ug/L", "mg/L"): 1e-3,
-    ("mg/L", "ug/mL"): 1.0,
-    ("mg/dL", "mg/L"): 10.0,
-    ("g/L", "g/dL"): 0.1,
-    ("lb", "kg"): 0.45359237,
-    ("g", "kg"): 1e-3,
-    ("kPa", "mmHg"): 7.500617,
-    ("fraction", "%"): 100.0,
-    ("mL/min", "L/min"): 1e-3,
-    ("L", "mL"): 1000.0,
-}
-# By substance: molar masses, and one charge per ion.
-_FACTORS_OF: dict[tuple[str, str], float] = {
-    ("glucose", "mmol/L"): 18.016,
-    ("cholesterol", "mmol/L"): 38.67,
-    ("creatinine", "umol/L"): 1 / 88.42,
-    ("urea_nitrogen", "mmol/L"): 2.801,
-    ("bilirubin_total", "umol/L"): 1 / 17.10,
-    ("calcium_total", "mmol/L"): 4.008,
-    ("magnesium", "mmol/L"): 2.431,
-    ("phosphate", "mmol/L"): 3.097,
-    ("hemoglobin", "mmol/L"): 1.611,
-    ("lactate", "mg/dL"): 1 / 9.008,
-    ("mchc", "g/dL"): 1.0,
-    **{
-        (ion, "mmol/L"): 1.0
-        for ion in ("sodium", "potassium", "chloride", "bicarbonate", "anion_gap")
-    },
-}
-_EXACT = {unit.lower(): unit for pair in _FACTORS for unit in pair}
-_EXACT |= {unit.lower(): unit for _, unit in _FACTORS_OF}
+_MICRO = {0xB5: "u", 0x3BC: "u"}  # two signs that look alike
+# A cell may hold anything, also a name or a number of a patient: what is shown looks like a unit.
+_LIKE_A_UNIT = re.compile(r"(?!.*\d{4})(?!.* .* )[A-Za-z0-9%/\u00b5\u03bc°.^*\[\]() -]{1,15}")
 
 
 def canonical_unit(text: str | None) -> str | None:
@@ -76,7 +46,7 @@ def canonical_unit(text: str | None) -> str | None:
     clean = (text or "").strip()
     if clean.lower() in _NOT_GIVEN:
         return None
-    return _UNIT_OF.get(clean.lower()) or _EXACT.get(clean.lower(), clean)
+    return _UNIT_OF.get(clean.lower().translate(_MICRO), clean)
 
 
 def conversion(source: str, series: str, unit: str | None) -> tuple[float, float] | None:
@@ -88,12 +58,10 @@ def conversion(source: str, series: str, unit: str | None) -> tuple[float, float
     given = canonical_unit(unit)
     if given is None or given == own or source == "procedure":
         return 1.0, 0.0
-    if (given, own) == ("deg F", "deg C"):
-        return 5 / 9, -160 / 9
     if own == "points" or (own == "1" and series == "ph"):
         return 1.0, 0.0
-    factor = _FACTORS_OF.get((series, given)) or _FACTORS.get((given, own))
-    return None if factor is None else (factor, 0.0)
+    found = (c for c in conversions(SERIES[source, series]) if c.unit == given)
+    return next(((c.factor, c.offset) for c in found), None)
 
 
 def to_canonical(frame: pl.DataFrame, table: str, tally: Tally) -> pl.DataFrame:
@@ -113,7 +81,7 @@ def to_canonical(frame: pl.DataFrame, table: str, tally: Tally) -> pl.DataFrame:
     )
     lost = joined.filter(pl.col("factor").is_null())
     for series, unit, rows in lost.group_by("series", "unit").len().sort("series").iter_rows():
-        tally.skip(table, f"{series} in {unit}: not a unit that is understood", rows)
+        tally.skip(table, f"{series} in {_shown(unit)}: not a unit that is understood", rows)
     joined = joined.filter(pl.col("factor").is_not_null())
     changed = joined.filter((pl.col("factor") != 1) | (pl.col("offset") != 0))
     for series, unit, rows in changed.group_by("series", "unit").len().sort("series").iter_rows():
@@ -121,3 +89,7 @@ def to_canonical(frame: pl.DataFrame, table: str, tally: Tally) -> pl.DataFrame:
     return joined.with_columns(value=pl.col("value") * pl.col("factor") + pl.col("offset")).drop(
         "unit", "factor", "offset"
     )
+
+
+def _shown(unit: str) -> str:
+    return unit if _LIKE_A_UNIT.fullmatch(unit) else "another unit"

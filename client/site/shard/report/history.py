@@ -20,6 +20,7 @@ class ImportedTable:
     rows: int | None
     kept: int | None
     skipped: Mapping[str, int]
+    noted: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,18 @@ def history(folder: Path) -> History | None:
 
 
 def _table(entry: Mapping[str, Any]) -> ImportedTable:
-    skipped = _object(entry.get("skipped"))
     return ImportedTable(
         table=str(entry.get("table", "")),
         file=Path(str(entry.get("file", ""))).name,
         rows=_count(entry.get("rows")),
         kept=_count(entry.get("kept")),
-        skipped={str(reason): n for reason, v in skipped.items() if (n := _count(v)) is not None},
+        skipped=_counts(entry.get("skipped")),
+        noted=_counts(entry.get("noted")),
     )
+
+
+def _counts(value: Any) -> Mapping[str, int]:
+    return {str(what): n for what, v in _object(value).items() if (n := _count(v)) is not None}
 
 
 def _count(value: Any) -> int | None:

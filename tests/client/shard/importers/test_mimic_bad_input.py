@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from client.site.shard.importers import tables
+from client.site.shard.importers import mimic_cxr, staging, tables
 from client.site.shard.importers.cli import app
 from client.site.shard.importers.tables import read_whole, scan
 from client.site.shard.importers.tally import Tally
@@ -257,7 +257,6 @@ def test_a_stay_with_several_units_belongs_to_the_first(ward_of_one):
 
 STAYS: dict[str, tuple[dict[str, Any], str]] = {
     "discharged first": ({"begin": 50, "end": 40}, "discharged before admitted"),
-    "died first": ({"begin": 50, "end": 90, "died": 49}, "died before admitted"),
     "no admission time": ({"begin": None}, "no admission or discharge time"),
     "no discharge time": ({"end": None}, "no admission or discharge time"),
     "unreadable admission": ({"begin": "yesterday"}, "a time is unreadable"),
@@ -351,6 +350,17 @@ def test_values_that_cannot_be_used_are_counted(ward_of_one, case):
     ward_of_one.tables["icu/chartevents"][-1]["itemid"] = itemid
     got = counted(ward_of_one, "chartevents", {reason: 1})
     assert got.events["value"].to_list() == [80.0]
+
+
+def test_an_admission_that_cannot_be_read_is_found_by_time_and_noted(ward_of_one):
+    for hadm in ("A-100", "", " ", None):
+        ward_of_one.value(10, hadm, POTASSIUM, 4, 1)
+        ward_of_one.procedure(10, hadm, INTUBATION, 1)
+        ward_of_one.note(10, hadm, f"Note {hadm}.", 1, 2)
+    got = ward_of_one.run()
+    assert set(got.events["stay_id"]) == {"100"}
+    for table in ("labevents", "procedureevents", "radiology"):
+        assert got.tally[table].noted == {"hadm_id unreadable: found by time": 1}
 
 
 PROCEDURES: dict[str, tuple[dict[str, Any], str]] = {
@@ -459,6 +469,34 @@ def test_images_that_cannot_be_used_are_counted(ward_of_one, case):
     got = counted(ward_of_one, "images", {reason: 1})
     assert got.images["path"].to_list() == ["images/p10/p10/s1/good.jpg"]
     assert got.record()["cutoff_hours"] == 5.0
+
+
+NAMES = ["../../x", "a/b", "./a", "..", ".a", "a\\b", "a\0b", "a\nb", "-a", "", "a" * 300]
+
+
+@pytest.mark.parametrize("copy_images", [False, True])
+def test_an_image_whose_name_leads_elsewhere_is_counted(ward_of_one, copy_images):
+    ward_of_one.xray(10, 1, 5, dicom="a")
+    for name in NAMES:
+        ward_of_one.xray(10, 1, 5, dicom="other", on_disk=False)
+        ward_of_one.tables["cxr/mimic-cxr-2.0.0-metadata"][-1]["dicom_id"] = name
+    reachable = ward_of_one.root / "cxr/files/p10/p10/s1/../../x.jpg"
+    reachable.write_bytes(GOOD)
+    got = ward_of_one.run(copy_images=copy_images)
+    assert got.skipped("images") == {"no readable dicom_id or study_id": len(NAMES)}
+    assert got.images["path"].to_list() == ["images/p10/p10/s1/a.jpg"]
+    assert [p.name for p in ward_of_one.out.rglob("*.jpg")] == ["a.jpg"]
+
+
+def test_no_image_is_placed_before_its_path_is_checked(ward_of_one, monkeypatch):
+    """Should a source let such a path through, the contract stops it in time."""
+    placed: list[Any] = []
+    monkeypatch.setattr(mimic_cxr, "_NAMES_A_FILE", "")
+    monkeypatch.setattr(staging._SiteWriter, "_place_images", lambda _, frame: placed.append(frame))
+    ward_of_one.xray(10, 1, 5, dicom="../../stranger")
+    with pytest.raises(ShardError, match="leads out of the shard"):
+        ward_of_one.run()
+    assert not placed
 
 
 @pytest.mark.parametrize(("date", "time"), [("", "101010"), ("21500132", "1"), ("21500101", "x"),
@@ -583,6 +621,73 @@ def test_dest_is_not_written_over_unless_told_and_only_if_it_is_a_shard(ward_of_
     code, shown = command(ward_of_one, "--overwrite")
     assert (code, "holds something that is no shard" in shown) == (1, True)
     assert ward_of_one.out.joinpath("records.parquet").exists()
+
+
+ADDED: dict[str, Callable[[Path], Any]] = {
+    "embeddings.parquet": lambda out: (out / "embeddings.parquet").write_text("precious"),
+    "notes.txt": lambda out: (out / "notes.txt").write_text("precious"),
+    "models": lambda out: (out / "models").mkdir(),
+}
+
+
+@pytest.mark.parametrize("sites", ["", "hash:1"])
+@pytest.mark.parametrize("name", ADDED)
+def test_what_no_import_made_is_never_replaced(ward_of_one, name, sites):
+    ward_of_one.write()
+    options = ["--sites", sites] if sites else []
+    assert command(ward_of_one, *options)[0] == 0
+    shard = ward_of_one.out / ("site-1" if sites else "")
+    (shard / "report.html").write_text("a report is made again")
+    ADDED[name](shard)
+    code, shown = command(ward_of_one, *options, "--overwrite")
+    assert code == 1
+    assert f"{shard / name} was not made by an import" in shown
+    assert "move it elsewhere" in shown
+    (shard / name).rename(ward_of_one.root / name)
+    assert command(ward_of_one, *options, "--overwrite")[0] == 0
+
+
+def test_a_shard_that_was_not_imported_is_never_replaced(ward_of_one):
+    ward_of_one.run()
+    (ward_of_one.out / "import.json").unlink()
+    code, shown = command(ward_of_one, "--overwrite")
+    assert (code, "it has no import.json" in shown) == (1, True)
+    assert (ward_of_one.out / "records.parquet").exists()
+
+
+def test_a_link_as_dest_is_followed(ward_of_one):
+    ward_of_one.run()
+    link = ward_of_one.root / "link"
+    link.symlink_to(ward_of_one.out)
+    ward_of_one.value(10, 100, HEART_RATE, 99, 2)
+    ward_of_one.write()
+    assert command(ward_of_one, "--overwrite", dest=link)[0] == 0
+    assert link.is_symlink()
+    assert pl.read_parquet(ward_of_one.out / "events.parquet")["value"].to_list() == [80.0, 99.0]
+
+
+def test_a_file_in_the_way_of_the_work_is_told_and_one_within_it_goes(ward_of_one):
+    ward_of_one.write()
+    place = ward_of_one.out.parent / f".{ward_of_one.out.name}.importing"
+    place.write_text("stray")
+    code, shown = command(ward_of_one)
+    assert (code, f"{place} is a file" in shown, "remove the file" in shown) == (1, True, True)
+    place.unlink()
+    place.mkdir()
+    (place / "stray").write_text("stray")
+    assert command(ward_of_one)[0] == 0
+    assert not place.exists()
+
+
+def test_progress_reaches_the_end_also_of_tables_of_which_nothing_is_kept(csv):
+    told: dict[str, tuple[int, ...]] = {}
+    for name, text in (("header", "a,b,c\n"), ("unwanted", "a,b,c\n1,2,3\n" * 9)):
+        file = csv(gzip.compress(text.encode()), f"{name}.csv.gz")
+        only = ("never", pl.col("a") == "x")
+        tell = lambda table, *at: told.update({table: at})  # noqa: E731
+        assert not list(scan(file, name, COLUMNS, Tally(), only=only, progress=tell))
+    assert set(told) == {"header", "unwanted"}
+    assert all(done == total > 0 for done, total in told.values())
 
 
 def test_dest_may_not_be_a_file(ward_of_one):

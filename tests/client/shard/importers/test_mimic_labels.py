@@ -147,6 +147,40 @@ def test_dead_if_flag_or_time_says_so_and_it_is_noted(mimic, flag):
     assert "disagree" in noted
 
 
+@pytest.mark.parametrize(
+    ("died", "record", "end", "hour"),
+    [
+        ("2150-01-04", 40, 200, 96 - SECOND),  # the end of that day
+        ("2150-01-04", 42, 90, 90),  # at most the discharge
+        ("2150-01-01", 42, 90, 90),  # before the admission, which is at 30: the discharge
+        (29, 42, 90, 90),
+        (30, 30, 90, 30),
+    ],
+)
+def test_a_death_without_a_time_or_before_the_admission_is_a_death(mimic, died, record, end, hour):
+    mimic.patient(10)
+    mimic.stay(10, 100, 30, end, died=died)
+    mimic.xray(10, 1, record, labels={})
+    got = mimic.run()
+    assert labels(got.record()) == expected(record - 30, end - 30, hour - 30)
+    dated, early = isinstance(died, str), died in ("2150-01-01", 29)
+    noted = "\n".join(got.tally["admissions"].noted)
+    assert ("a date of death without a time" in noted) == dated
+    assert ("died before admitted" in noted) == early
+
+
+def test_a_study_number_of_two_patients_has_the_labels_of_each(mimic):
+    for patient, edema in ((10, 1), (11, 0), (12, 1)):
+        mimic.patient(patient)
+        mimic.stay(patient, patient * 10)
+        mimic.xray(patient, 5, 20, dicom=f"d{patient}", labels={"Edema": edema})
+    got = mimic.run(objectors=(12,))
+    assert got.record(100)["y_edema"] is True
+    assert got.record(110)["y_edema"] is False
+    assert got.skipped("chexpert") == {"the patient objects": 1}
+    assert got.tally["chexpert"].kept == 2
+
+
 def test_records_of_a_fixed_hour_need_a_stay_that_lasts_and_a_living_patient(mimic):
     for number, (end, died) in enumerate(
         [(48.0, None), (48 - SECOND, None), (60.0, 48.0), (60.0, 48 - SECOND)]

@@ -99,19 +99,51 @@ def test_procedures_count_at_their_start_and_as_one_whatever_they_last(ward):
 
 
 def test_views_of_a_study_are_one_record_at_the_first_of_them(mimic):
-    """A report filed between two views stays unseen: it tells the study's labels."""
+    """A report filed between two views stays unseen: it tells the study's labels. A view of over an
+    hour later is another examination, which the record does not see."""
     mimic.patient(10)
     mimic.stay(10, 100)
-    for number, (view, hours) in enumerate([("PA", 5), ("LATERAL", 7), (None, 5.0)]):
+    views = [("PA", 5), ("LATERAL", 6), (None, 5.0), ("LATE", 6 + SECOND)]
+    for number, (view, hours) in enumerate(views):
         mimic.xray(10, 7, hours, dicom=f"v{number}", view=view)
-    mimic.note(10, 100, "report of this very study", 5.5, 6)
+    mimic.xray(10, 8, 20, view="NEXT")
+    mimic.note(10, 100, "report of the first study", 5.5, 6)
     got = mimic.run()
-    assert got.record()["record_id"] == "100-s7"
-    assert got.record()["cutoff_hours"] == 5.0
-    assert sorted(got.images["view"], key=str) == ["LATERAL", None, "PA"]
-    assert got.images["hours"].to_list() == [5.0] * 3
-    assert got.notes.is_empty()
-    assert got.tally["records"].rows == 1
+    assert got.records["record_id"].to_list() == ["100-s7", "100-s8"]
+    assert got.records["cutoff_hours"].to_list() == [5.0, 20.0]
+    assert sorted(seen(got, "images", 5)["view"], key=str) == ["LATERAL", None, "PA"]
+    assert sorted(got.images["hours"]) == pytest.approx([5.0] * 3 + [6 + SECOND, 20.0])
+    assert seen(got, "notes", 5).is_empty()
+    assert got.tally["records"].rows == 2
+    assert got.tally["images"].noted == {"taken over an hour after its study's first view": 1}
+
+
+DAY = "2150-01-02"  # hours 24 to 48
+BY_EVENING = 48 - SECOND
+
+
+def test_a_date_without_a_time_counts_from_the_end_of_its_day(mimic):
+    """At midnight a record of that morning would see what was written in the evening."""
+    mimic.patient(10)
+    mimic.stay(10, 100)
+    for study, hour in enumerate([30, 47, 60]):
+        mimic.xray(10, study, hour)
+    mimic.value(10, 100, POTASSIUM, 1.0, measured=DAY)
+    mimic.value(10, 100, POTASSIUM, 2.0, measured=25, stored=DAY)
+    mimic.value(10, 100, HEART_RATE, 80, measured=25)
+    mimic.procedure(10, 100, INTUBATION, start=DAY)
+    mimic.note(10, 100, "Stored on that day.", written=26, stored=DAY)
+    mimic.note(10, 100, "Written on that day.", written=DAY, stored=26)
+    got = mimic.run()
+    assert seen(got, "events", 47)["series"].to_list() == ["heart_rate"]
+    assert seen(got, "notes", 47)["text"].to_list() == ["Written on that day."]
+    late = got.events.filter(pl.col("hours") > 47)
+    assert late["hours"].to_list() == pytest.approx([BY_EVENING] * 3)
+    assert got.notes["hours"].to_list() == pytest.approx([26, BY_EVENING])
+    what = "a date without a time: the end of that day counts"
+    for table, rows in (("labevents", 2), ("procedureevents", 1), ("radiology", 1)):
+        assert got.tally[table].noted == {what: rows}
+    assert not got.tally["chartevents"].noted
 
 
 def test_an_image_is_seen_by_its_own_record_to_the_last_bit(mimic):

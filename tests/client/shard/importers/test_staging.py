@@ -139,6 +139,21 @@ def test_hash_sites_up_to_the_most(mimic):
         parse_sites("hash:201")
 
 
+def test_too_many_care_units_are_told_before_tables_are_read(mimic, monkeypatch):
+    monkeypatch.setattr(timeline, "_MOST_SITES", 2)
+    for number in range(3):
+        mimic.patient(10 + number)
+        mimic.stay(10 + number, 100 + number, unit=f"Ward {min(number, 1)}")
+    assert sorted(mimic.run(sites="care-unit").shards) == ["ward-0", "ward-1"]
+    mimic.patient(20)
+    mimic.stay(20, 200, unit="Ward 3")
+    mimic.write()
+    mimic.put("icu/chartevents.csv.gz", b"").write_bytes(b"cut off")
+    with pytest.raises(ShardError, match="3 care units, which are more than 2 sites") as caught:
+        mimic.run(write=False, sites="care-unit", overwrite=True)
+    assert "hash:N" in caught.value.cure
+
+
 def test_complete_only_keeps_records_that_see_something_of_every_kind(mimic):
     """A record late enough sees all; each stay but the first lacks one kind, or has it late."""
     for number, lacking in enumerate(["", "chart", "lab", "procedure", "note", "late lab", "late"]):
@@ -211,7 +226,7 @@ def test_a_patient_who_objects_is_nowhere_and_their_rows_are_counted(objecting, 
     got = objecting.run(objectors=(7654321,), overwrite=True, **options)
     assert traces(objecting.out) == set()
     assert got.records["patient_id"].n_unique() == 4
-    for table in ("patients", "admissions", "icustays", "images"):
+    for table in ("patients", "admissions", "icustays", "images", "chexpert"):
         assert got.tally[table].skipped["the patient objects"] == 1
     for table in ("chartevents", "labevents", "procedureevents", "radiology", "discharge"):
         assert got.tally[table].skipped["patient not among the import's"] == 2
@@ -236,11 +251,15 @@ def test_the_opt_out_list_is_read_with_blank_lines_and_remarks(tmp_path):
     file = tmp_path / "list.txt"
     file.write_bytes(b"\xef\xbb\xbf10000032\r\n\r\n# letter of May\r\n 10001217  # by phone\r\n")
     assert read_opt_out(file) == {10000032, 10001217}
+    ids = {-5, 0, 2**63 - 1, -(2**63)}  # MEDS allows all whole numbers of 64 bits
+    file.write_text("\n".join(map(str, ids)))
+    assert read_opt_out(file) == ids
     assert read_opt_out(None) == frozenset()
 
 
 @pytest.mark.parametrize(
-    "line", ["12a", "12.0", "10,11", "10 11", "²", "-5", "subject_id", "9" * 40]
+    "line",
+    ["12a", "12.0", "10,11", "10 11", "²", "--5", "-", "+5", "subject_id", str(2**63), "9" * 40],
 )
 def test_what_is_no_id_in_the_opt_out_list_is_an_error(tmp_path, line):
     file = tmp_path / "list.txt"
@@ -396,6 +415,29 @@ def test_an_import_killed_between_old_and_new_brings_the_old_one_back(mimic):
     assert sorted(p.name for p in mimic.out.parent.iterdir()) == ["mimic-iv", "out"]
 
 
+@pytest.mark.parametrize("failure", [OSError("no space left"), KeyboardInterrupt()])
+@pytest.mark.parametrize("sites", [None, 2])
+def test_an_import_that_fails_between_old_and_new_brings_the_old_one_back(
+    mimic, monkeypatch, failure, sites
+):
+    populate(mimic, 3, images=False).run(sites=sites)
+    before = content(mimic.out)
+    rename = Path.rename
+
+    def fail_once(self, target):
+        if target == mimic.out:
+            monkeypatch.setattr(Path, "rename", rename)
+            assert not mimic.out.exists()
+            raise failure
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_once)
+    with pytest.raises(type(failure)):
+        mimic.run(overwrite=True, sites=sites)
+    assert content(mimic.out) == before
+    assert sorted(p.name for p in mimic.out.parent.iterdir()) == ["mimic-iv", "out"]
+
+
 def test_two_imports_at_once_do_not_meet(mimic):
     populate(mimic, 3, images=False)
     place = mimic.out.parent / f".{mimic.out.name}.importing"
@@ -443,25 +485,32 @@ def test_import_json_tells_what_was_read_kept_and_left_out(mimic):
             assert by_name[name]["kept"] + sum(by_name[name]["skipped"].values()) == counts.rows
 
 
-def test_a_stay_is_found_by_time_like_a_search_through_all(mimic):
+@pytest.mark.parametrize("overlapping", [False, True])
+@pytest.mark.parametrize("kind", [pl.Int64, pl.Datetime("us")])
+def test_a_stay_is_found_by_time_like_a_search_through_all(overlapping, kind):
+    """Of the stays that hold a time the one that began last, also where others lie within it."""
     rng = random.Random(2)
-    stays, hadm = [], 0
+    stays: list[tuple[int, int, int, int]] = []
     for patient in range(20):
-        begin = 0
-        for _ in range(rng.randrange(4)):
-            begin += rng.randrange(1, 20)
-            end = begin + rng.randrange(0, 20)
-            stays.append((hadm, patient, begin, end))
-            hadm, begin = hadm + 1, end
+        end = 0
+        for _ in range(rng.randrange(6)):
+            begin = rng.randrange(60) if overlapping else end + rng.randrange(1, 20)
+            end = begin + rng.choice([0, 5, 20, 50])
+            stays.append((len(stays), patient, begin, end))
+    nested = [(a, b) for a in stays for b in stays if a[1] == b[1] and a[2] < b[2] and b[3] < a[3]]
+    assert bool(nested) == overlapping
     spans = pl.DataFrame(stays, schema=["stay", "patient", "begin", "end"], orient="row")
-    rows = [(rng.randrange(25), rng.randrange(90), None) for _ in range(500)]
+    rows = [(rng.randrange(25), rng.randrange(120), None) for _ in range(2000)]
     rows += [(rng.randrange(25), 5, 77) for _ in range(10)]
     frame = pl.DataFrame(
         rows, schema={"patient": pl.Int64, "time": pl.Int64, "stay": pl.Int64}, orient="row"
     ).with_row_index("row")
-    found = timeline.find_stay(frame, spans)
+    found = timeline.find_stay(
+        frame.with_columns(pl.col("time").cast(kind)),
+        spans.with_columns(pl.col("begin", "end").cast(kind)),
+    )
     assert found.height == frame.height
-    for row, patient, moment, stay in found.iter_rows():
-        holding = [h for h, p, b, e in stays if p == patient and b <= moment <= e]
-        given = rows[row][2]
-        assert stay == given if given is not None else stay in (holding or [None])
+    for row, stay in found.select("row", "stay").iter_rows():
+        patient, moment, given = rows[row]
+        holding = [(b, h) for h, p, b, e in stays if p == patient and b <= moment <= e]
+        assert stay == (given or max(holding, default=(None, None))[1])

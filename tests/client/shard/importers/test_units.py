@@ -45,6 +45,8 @@ CONVERSIONS = [
     ("lab", "d_dimer", 500.0, "ng/mL", 0.5),
     ("lab", "d_dimer", 500.0, "ng/mL FEU", None),
     ("lab", "troponin_t", 0.02, "ng/mL", 0.02),
+    ("lab", "troponin_t", 20.0, "ng/L", 0.02),
+    ("chart", "temperature", 310.15, "K", 37.0),
     ("lab", "platelet_count", 250.0, "10*3/uL", 250.0),
     ("lab", "white_blood_cells", 7.0, "x10^9/L", 7.0),
     ("lab", "red_blood_cells", 4.5, "m/mcL", 4.5),
@@ -108,6 +110,32 @@ def test_rows_are_kept_in_order_and_the_rest_is_counted():
         "glucose converted from mmol/L": 1,
         "temperature converted from °F": 1,
     }
+
+
+@pytest.mark.parametrize("unit", ["mg/dL", "10*3/uL", "ng/mL FEU", "stone", "\u00b5g/L", "(calc)"])
+def test_a_unit_is_named_if_it_looks_like_one(unit):
+    assert skipped_as(unit) == unit
+
+
+@pytest.mark.parametrize(
+    "text", ["see report of Dr Smith", "Smith, John", "a b c", "MRN 10000032", "x" * 16, "<b>"]
+)
+def test_free_text_in_the_place_of_a_unit_is_not_repeated(text):
+    assert skipped_as(text) == "another unit"
+
+
+def skipped_as(unit: str) -> str:
+    """What the reason calls the unit of a value that is left out for it."""
+    row = {"source": ["lab"], "series": ["sodium"], "value": [1.0], "unit": [unit]}
+    tally = Tally()
+    assert to_canonical(pl.DataFrame(row), "labs", tally).is_empty()
+    (reason,) = tally["labs"].skipped
+    return reason.removeprefix("sodium in ").removesuffix(": not a unit that is understood")
+
+
+@pytest.mark.parametrize("micro", ["u", "\u00b5", "\u03bc"])
+def test_the_signs_for_micro_are_one(micro):
+    assert canonical_unit(f"{micro}mol/L") == "umol/L"
 
 
 def test_an_empty_table_stays_one():
