@@ -92,4 +92,6 @@ def to_canonical(frame: pl.DataFrame, table: str, tally: Tally) -> pl.DataFrame:
 
 
 def _shown(unit: str) -> str:
-    return unit if _LIKE_A_UNIT.fullmatch(unit) else "another unit"
+    """A unit as it stands, unless it may be a name: two words without a sign of measure."""
+    word = " " not in unit or any(sign in unit for sign in "/%°^*")
+    return unit if word and _LIKE_A_UNIT.fullmatch(unit) else "another unit"

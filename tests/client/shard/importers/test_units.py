@@ -118,7 +118,16 @@ def test_a_unit_is_named_if_it_looks_like_one(unit):
 
 
 @pytest.mark.parametrize(
-    "text", ["see report of Dr Smith", "Smith, John", "a b c", "MRN 10000032", "x" * 16, "<b>"]
+    "text",
+    [
+        "see report of Dr Smith",
+        "Smith, John",
+        "John Smith",
+        "a b c",
+        "MRN 10000032",
+        "x" * 16,
+        "<b>",
+    ],
 )
 def test_free_text_in_the_place_of_a_unit_is_not_repeated(text):
     assert skipped_as(text) == "another unit"
