@@ -22,7 +22,8 @@ from typer.testing import CliRunner
 from client.site.shard import Shard, discover, write_shard
 from client.site.shard.cli import app
 from client.site.shard.clinical import SERIES
-from client.site.shard.report import Facts, collect, findings, render, write_report
+from client.site.shard.report import Facts, collect, findings, plots, render, write_report
+from client.site.shard.report.facts import Histogram
 from client.site.shard.report.leakage import aurocs
 from client.site.shard.report.pictures import looks_inverted
 from client.site.shard.report.units import unit_hint
@@ -489,6 +490,14 @@ def reaches_out(page: Page) -> list[str]:
         if name == "style" and "url(" in text.replace("url(#", ""):
             found.append(text)
     return found
+
+
+def test_bars_on_bars_are_shown_to_their_top(monkeypatch):
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "_svg", lambda figure, title: drawn.append(figure))
+    edges = (0.0, 5.0, 10.0)
+    plots.ages({"female": Histogram(edges, (4, 1)), "male": Histogram(edges, (9, 30))})
+    assert drawn[0].axes[0].get_ylim()[1] > 31
 
 
 def test_the_page_is_self_contained(tmp_path):

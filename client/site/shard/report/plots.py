@@ -264,7 +264,8 @@ def _bars(
 ) -> np.ndarray:
     edges, counts = np.array(histogram.edges), np.array(histogram.counts)
     axes.stairs(counts + bottom, edges, baseline=bottom, fill=True, color=colour, label=label)
-    axes.set_ylim(0, None)
+    # A second call may stand on the first: setting a limit has ended matplotlib's own scaling.
+    axes.set_ylim(0, max(axes.get_ylim()[1], 1.05 * float(np.max(counts + bottom, initial=0))))
     _whole(axes)
     return counts
 
