@@ -66,7 +66,10 @@ def test_the_report_accounts_for_every_hospital(
     assert "round 2/2: 2 sites" in shown
     console = Console(file=io.StringIO(), width=80)
     show(report, out, console)
-    assert "riverside" in console.file.getvalue()  # type: ignore[attr-defined]
+    summary = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "riverside" in summary
+    assert "40 training patients declared" in summary
+    assert "the figures mean nothing" in " ".join(summary.split())
 
 
 def test_others_can_read_what_it_leaves(finished: tuple[Study, Path, Report, str]) -> None:
