@@ -747,7 +747,7 @@ def both(
     source = MedsSource(open_data / "mimic-iv-demo-meds", MedsMap.load("mimic-iv-meds"), hour=48)
     for folder in (source.root, open_data / "mimic-iv-demo"):
         if not folder.is_dir():
-            pytest.skip(f"no {folder}")
+            pytest.skip(f"no open data at {folder}; set FEDWARD_DATA to the folder that holds it")
     meds = import_meds(source, place / "meds", Options("demo"))[1]
     own = import_mimic_iv(
         MimicSource(open_data / "mimic-iv-demo", hour=48), place / "own", Options("demo")

@@ -25,7 +25,13 @@ from client.site.shard.importers.meds_map import AMONG, MedsMap, NamedCodes, fin
 from client.site.shard.importers.staging import Options, Staging, workplace, write_shards
 from client.site.shard.importers.tables import Progress
 from client.site.shard.importers.tally import Tally
-from client.site.shard.importers.timeline import at_hour, find_stay, outcomes, site_of_patient
+from client.site.shard.importers.timeline import (
+    at_hour,
+    find_stay,
+    in_stays,
+    outcomes,
+    site_of_patient,
+)
 from client.site.shard.importers.units import to_canonical
 from common.errors import ShardError
 
@@ -292,16 +298,8 @@ def _units(entries: pl.DataFrame, stays: pl.DataFrame, tally: Tally) -> pl.DataF
 def _at_events(events: pl.DataFrame, stays: pl.DataFrame, tally: Tally) -> pl.DataFrame:
     """One record at each time of these events within a stay."""
     moments = events.select("patient", "time").unique(maintain_order=True)
-    tally["records"].rows += moments.height
-    placed = find_stay(moments, stays).join(
-        stays.select("stay", "stay_id", "died_at"), on="stay", how="left", maintain_order="left"
-    )
-    placed = tally.split(
-        "records",
-        placed,
-        ("in no stay of the import", pl.col("stay").is_null()),
-        ("after death", pl.col("time") > pl.col("died_at")),
-    ).sort("stay", "time")
+    placed = in_stays(moments, stays, "in no stay of the import", "after death", tally)
+    placed = placed.sort("stay", "time")
     number = pl.int_range(1, pl.len() + 1).over("stay")
     return placed.select(pl.format("{}-r{}", "stay_id", number).alias("record_id"), "stay", "time")
 

@@ -22,7 +22,12 @@ from client.site.shard.importers.tables import (
     require_table,
 )
 from client.site.shard.importers.tally import Tally
-from client.site.shard.importers.timeline import PATHOLOGY_TASKS, find_stay, without_objectors
+from client.site.shard.importers.timeline import (
+    PATHOLOGY_TASKS,
+    find_stay,
+    in_stays,
+    without_objectors,
+)
 
 _METADATA = "mimic-cxr-2.0.0-metadata"
 _CHEXPERT = "mimic-cxr-2.0.0-chexpert"
@@ -91,16 +96,8 @@ def records_of_studies(images: pl.DataFrame, stays: pl.DataFrame, tally: Tally) 
         .unique()
         .sort("patient", "time", "study")
     )
-    tally["records"].rows += studies.height
-    placed = find_stay(studies, stays).join(
-        stays.select("stay", "stay_id", "died_at"), on="stay", how="left", maintain_order="left"
-    )
-    placed = tally.split(
-        "records",
-        placed,
-        ("X-ray outside of every stay with intensive care", pl.col("stay").is_null()),
-        ("X-ray after death", pl.col("time") > pl.col("died_at")),
-    )
+    outside, dead = "X-ray outside of every stay with intensive care", "X-ray after death"
+    placed = in_stays(studies, stays, outside, dead, tally)
     record_id = pl.format("{}-s{}", "stay_id", "study").alias("record_id")
     return placed.select(record_id, "stay", "patient", "study", "time")
 

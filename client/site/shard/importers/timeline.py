@@ -192,6 +192,27 @@ def _last_holding(lost: pl.DataFrame, spans: pl.DataFrame) -> pl.DataFrame:
     )
 
 
+def in_stays(
+    moments: pl.DataFrame, stays: pl.DataFrame, outside: str, dead: str, tally: Tally
+) -> pl.DataFrame:
+    """Moments that may be records: during a stay, of a living patient; with stay and stay_id.
+
+    Args:
+        moments: Columns patient, time, and others that are kept.
+        outside, dead: Reasons under which the others are counted.
+    """
+    tally["records"].rows += moments.height
+    placed = find_stay(moments, stays).join(
+        stays.select("stay", "stay_id", "died_at"), on="stay", how="left", maintain_order="left"
+    )
+    return tally.split(
+        "records",
+        placed,
+        (outside, pl.col("stay").is_null()),
+        (dead, pl.col("time") > pl.col("died_at")),
+    )
+
+
 # -- sites ------------------------------------------------------------------------------------
 
 

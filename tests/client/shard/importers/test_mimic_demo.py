@@ -29,7 +29,7 @@ KEY = ["stay_id", "hours", "source", "series", "value"]
 def demo(open_data: Path) -> Path:
     folder = open_data / "mimic-iv-demo"
     if not folder.is_dir():
-        pytest.skip(f"no {folder}")
+        pytest.skip(f"no open data at {folder}; set FEDWARD_DATA to the folder that holds it")
     return folder
 
 
