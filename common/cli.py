@@ -1,7 +1,8 @@
 """`fedward`: the root command. Each room brings its own, through entry points.
 
 An entry point of the group `fedward.commands` names either a Typer application (a group of
-commands) or a function (one command). A room that is not installed brings none.
+commands) or a function (one command); `audit.attack` adds `attack` to the group `audit`. A room
+that is not installed brings none.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def build() -> typer.Typer:
             print(version("fedward"))
             raise typer.Exit()
 
+    groups: dict[str, typer.Typer] = {"": app}
     for entry in sorted(entry_points(group=GROUP), key=lambda e: e.name):
+        group, _, name = entry.name.rpartition(".")
         try:
             command = entry.load()
         except ModuleNotFoundError as error:
@@ -44,9 +47,10 @@ def build() -> typer.Typer:
                 raise
             continue  # a room whose packages are not installed here: `fedward[site]` brings them
         if isinstance(command, typer.Typer):
-            app.add_typer(command, name=entry.name)
+            groups[name] = command
+            app.add_typer(command, name=name)
         else:
-            app.command(entry.name)(command)
+            groups[group].command(name)(command)
     return app
 
 

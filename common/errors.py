@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import ValidationError
+
 
 class FedwardError(Exception):
     """A mistake or condition that a user can mend.
@@ -62,3 +64,18 @@ class Refusal(FedwardError):
     def __init__(self, code: str, message: str, *, cure: str = "") -> None:
         super().__init__(message, cure=cure)
         self.code = code
+
+
+def explain(error: ValidationError) -> str:
+    """Every mistake of a validated file, by its key, in one line."""
+    lines = []
+    for item in error.errors(include_url=False):
+        where = ".".join(str(part) for part in item["loc"]) or "file"
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{where}: unknown key")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            given = item.get("input")
+            shown = f" (given: {given!r})" if isinstance(given, str | int | float) else ""
+            lines.append(f"{where}: {message}{shown}")
+    return "; ".join(lines)

@@ -50,6 +50,7 @@ class Request(Header):
         attempt: Counts retries of a round that was lost before the site charged it. Part of the
             digest, hence a new charge; a re-sent request keeps it and gets the stored answer.
         study: Canonical JSON of the study, in `prepare` only; elsewhere its hash names it.
+        receipts: Heads of the sites' ledgers that the coordinator keeps, in `prepare` only.
     """
 
     kind: Kind
@@ -61,6 +62,7 @@ class Request(Header):
     nonce: str = Field(default_factory=lambda: secrets.token_hex(16))
     code_hash: str = ""
     study: str | None = None
+    receipts: tuple[dict[str, Any], ...] = ()
     arrays_digest: str = ""
 
 

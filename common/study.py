@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from common.errors import StudyError
+from common.errors import StudyError, explain
 from common.privacy.events import GaussianHistogram, PoissonGaussian, ReleaseEvent, Unprotected
 from common.privacy.pricing import calibrate_gaussian, calibrate_noise_multiplier
 
@@ -385,7 +385,7 @@ class Study(Part):
         except tomllib.TOMLDecodeError as error:
             raise StudyError(f"{origin} is not valid TOML: {error}") from None
         except ValidationError as error:
-            raise StudyError(f"{origin}: {_explain(error)}", cure="see docs/study.md") from None
+            raise StudyError(f"{origin}: {explain(error)}", cure="see docs/study.md") from None
 
     @classmethod
     def load(cls, path: str | Path) -> Study:
@@ -482,7 +482,7 @@ def resolve(
             )
         return Study.model_validate(raw)
     except ValidationError as error:
-        raise StudyError(f"study '{study.name}': {_explain(error)}") from None
+        raise StudyError(f"study '{study.name}': {explain(error)}") from None
 
 
 def unknown(kind: str, name: str, known: Iterable[str], *, cure: str = "") -> StudyError:
@@ -492,20 +492,6 @@ def unknown(kind: str, name: str, known: Iterable[str], *, cure: str = "") -> St
     hint = f"; did you mean '{near[0]}'?" if near else ""
     shown = ", ".join(names[:_SHOWN_NAMES]) + (", …" if len(names) > _SHOWN_NAMES else "")
     return StudyError(f"unknown {kind} '{name}'{hint} (known: {shown})", cure=cure)
-
-
-def _explain(error: ValidationError) -> str:
-    lines = []
-    for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"]) or "study"
-        if item["type"] == "extra_forbidden":
-            lines.append(f"{where}: unknown key")
-        else:
-            message = item["msg"].removeprefix("Value error, ")
-            given = item.get("input")
-            shown = f" (given: {given!r})" if isinstance(given, str | int | float) else ""
-            lines.append(f"{where}: {message}{shown}")
-    return "; ".join(lines)
 
 
 def _without_none(value: Any) -> Any:

@@ -23,6 +23,7 @@ from server import publish, report
 from server.curves import Curves
 from server.exchange import Exchange
 from server.federation import Federation
+from server.receipts import Receipts
 
 log = logging.getLogger("fedward")
 
@@ -84,7 +85,12 @@ def main(grid: Grid, context: Context) -> None:
 def _run(grid: Grid, settings: Settings) -> None:
     study, out = settings.study, settings.out
     exchange = Exchange(
-        grid, Identity.open(settings.coordinator_key), study, settings.run, code_hash=code_hash()
+        grid,
+        Identity.open(settings.coordinator_key),
+        study,
+        settings.run,
+        code_hash=code_hash(),
+        receipts=Receipts(settings.coordinator_key.with_suffix(".receipts.json")),
     )
     with Curves(out / "events") as curves:
         finished = Federation(

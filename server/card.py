@@ -133,6 +133,16 @@ The unit is the **patient** at a site, with all their records: adding or removin
 **None.** Mode `none`: the adapter left each site without noise, and every patient's ε is infinite. It may reveal individual records; treat it as patient data.
 {% endif %}
 
+## Ledger receipts
+
+The head of each site's ledger at its last answer. A ledger that does not hold its receipt's line was cut or replaced; `fedward audit reconcile` compares this card with the ledgers.
+
+| site | public key | lines | head |
+|---|---|---|---|
+{% for s in report.sites if s.receipt %}
+| {{ s.name }} | `{{ s.receipt.public_key }}` | {{ s.receipt.lines }} | `{{ s.receipt.head }}` |
+{% endfor %}
+
 ## How it is made
 
 - System: `{{ study.model.system }}`: trained projectors before a frozen language model; {{ '{:,}'.format(report.trainable_parameters) }} trained parameters.

@@ -24,6 +24,7 @@ from common.errors import FedwardError, Refusal
 from common.identity import Identity, open_envelope
 from common.messages import Answer, Arrays, Envelope, Kind, Request
 from common.study import Study
+from server.receipts import Receipts
 
 log = logging.getLogger("fedward")
 
@@ -96,6 +97,7 @@ class Exchange:
 
     Args:
         code_hash: Of the coordinator's code; sites of another one are named in the log.
+        receipts: Heads of the sites' ledgers; kept up to date, and shown to sites that prepare.
         poll_seconds: Pause between looks for answers.
     """
 
@@ -107,6 +109,7 @@ class Exchange:
         run: str,
         *,
         code_hash: str = "",
+        receipts: Receipts | None = None,
         poll_seconds: float = 0.1,
         lost_seconds: float = LOST_SECONDS,
         clock: Callable[[], float] = time.monotonic,
@@ -114,6 +117,7 @@ class Exchange:
     ) -> None:
         self.grid, self.identity, self.study, self.run = grid, identity, study, run
         self.code_hash, self.poll_seconds, self.lost_seconds = code_hash, poll_seconds, lost_seconds
+        self.receipts = Receipts() if receipts is None else receipts
         self._clock, self._sleep = clock, sleep
         self.hosts: dict[str, list[int]] = {}
         self.keys: dict[str, str] = {
@@ -273,6 +277,7 @@ class Exchange:
             study_hash=self.study.hash,
             code_hash=self.code_hash,
             study=self.study.canonical().decode() if kind == "prepare" else None,
+            receipts=self.receipts.of(self.study.federation.sites) if kind == "prepare" else (),
         )
 
     def _flight(
@@ -348,6 +353,7 @@ class Exchange:
         answer = open_envelope(envelope, Answer, [self.keys[site]])
         if answer.request_digest != request.digest or answer.site != site:
             raise ValueError("the answer is to another request")
+        self.receipts.take(site, self.keys[site], answer.body.get("receipt"))
         size = len(envelope.header) + sum(a.nbytes for a in envelope.arrays.values())
         return Received(answer, envelope.arrays, size)
 

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from common.messages import Arrays
+from common.privacy.receipts import Receipt
 from common.study import Study
 from server.checkpoint import Checkpoint
 from server.exchange import Exchange, FederationError, Outcome, Received
@@ -65,6 +66,7 @@ class Finished:
 
     Attributes:
         prepared: By site, the public body of its answer to `prepare`.
+        receipts: By site, the head of its ledger at its last answer.
     """
 
     study: Study
@@ -72,6 +74,7 @@ class Finished:
     adapter: Arrays
     progress: Progress
     prepared: Mapping[str, dict[str, Any]]
+    receipts: Mapping[str, Receipt] = field(default_factory=dict)
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -144,6 +147,11 @@ class Federation:
             self.average.mean(self.adapter),
             self.progress,
             self.prepared,
+            {
+                site: receipt
+                for site in federation.sites
+                if (receipt := self.exchange.receipts.latest(site))
+            },
         )
 
     def _count_time(self) -> None:

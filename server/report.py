@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from common.errors import FedwardError
 from common.privacy.pricing import epsilon_by_population
+from common.privacy.receipts import Receipt
 from common.study import Study
 from server.metrics import Interval, Macro, Metric, TaskMetrics
 
@@ -49,6 +50,7 @@ class SiteReport(Part):
             also where an answer, and with it the last word of the ledger, was lost.
         evaluations: Releases on validation patients that arrived.
         refused: Stable code of a site that did not take part to the end; None otherwise.
+        receipt: Head of its ledger at its last answer, signed by it; None if none arrived.
     """
 
     name: str
@@ -62,6 +64,7 @@ class SiteReport(Part):
     epsilon_reserved: Epsilons
     evaluations: int
     refused: str | None = None
+    receipt: Receipt | None = None
 
 
 class PrivacyReport(Part):
@@ -254,6 +257,7 @@ def _site(finished: Finished, name: str) -> SiteReport:
         epsilon_reserved=reserved,
         evaluations=progress.releases.get(name, 0),
         refused=progress.refused.get(name),
+        receipt=finished.receipts.get(name),
     )
 
 

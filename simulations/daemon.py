@@ -14,12 +14,12 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from client.site.daemon.config import DaemonConfig, Policy, SiteConfig
+from client.site.daemon.config import DaemonConfig, SiteConfig
 from common.errors import FedwardError
 from common.identity import Identity
+from common.privacy.policy import SENTENCE, Policy
 from common.study import Study
 
-_RUNS = 1_000_000  # virtual patients lose nothing; their ledgers count all the same
 _IDLE_SECONDS = 300.0
 
 
@@ -40,10 +40,8 @@ def daemon_config(
     """
     policy = Policy(
         coordinators=(coordinator,),
-        approved=("*",),
-        allow_no_privacy=True,
+        without_privacy=SENTENCE,
         allow_batch_slack=True,
-        runs=_RUNS,
     )
     return DaemonConfig(
         socket=socket,

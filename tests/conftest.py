@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -28,3 +31,29 @@ def open_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no open data at {folder}; set FEDWARD_DATA to the folder that holds it")
     return folder
+
+
+def load(path: Path) -> ModuleType:
+    """A helper module of the tests, which are no package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def ward() -> ModuleType:
+    """Small hospitals behind a guard."""
+    import torch
+
+    torch.set_num_threads(1)
+    return load(REPOSITORY / "tests" / "client" / "daemon" / "ward.py")
+
+
+@pytest.fixture(scope="session")
+def killing() -> ModuleType:
+    """A daemon that is killed at random moments."""
+    return load(REPOSITORY / "tests" / "privacy" / "killing.py")

@@ -1,213 +1,221 @@
 """The privacy ledger of one site: what was released about whom, written before it happens.
 
-One JSON object per line, each naming the SHA-256 of the line before it, so that a change anywhere
-but at the end is evident. Lines describe events, never epsilon: prices are computed from them
-(`common.privacy.pricing`) and can be computed again by anyone.
+Lines (`lines`) are chained by SHA-256 and signed by the site. They describe events, never epsilon:
+prices are computed from them (`pricing`) and can be computed again by anyone.
 
-Order of a charge: exclusive file lock; read what others appended; check the reserve; append; fsync;
-unlock. Only then may the caller act. Two processes on one file therefore never spend one reserve
-twice, and a crash after the charge leaves it spent. Nothing is ever refunded.
+Order of a charge: exclusive file lock; read what others appended; check policy, lifetime and
+reserve; append; fsync; unlock. Only then may the caller act. Two processes on one file therefore
+never spend one reserve twice, and a crash after the charge leaves it spent. Nothing is ever
+refunded. What becomes of an unfinished line, `chain` says.
 
-One rule for an unfinished last line (power cut, full disk): the release waits for the fsync, so an
-unfinished line can only be a charge that nothing followed. If it still reads as a whole line of the
-chain it is ended and counts as spent; if not, it is moved to `ledger.torn` beside the ledger and a
-`recovered` line records its length and SHA-256.
-
-A valid chain proves a *prefix*: that no later line was cut off is proven only by copies of `head`
-held elsewhere.
+A valid chain proves a *prefix*. Receipts, which others keep, prove that nothing was cut off: a
+ledger that lacks a receipt's line refuses every release until it is reconciled (`reconcile`), and
+then counts every reserve as spent.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import logging
-import os
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import UTC, datetime
+from collections import Counter
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Literal
-
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from common.errors import PrivacyError, Refusal
+from common.identity import Identity
 from common.messages import Request
-from common.privacy.events import Population, ReleaseEvent, Unprotected
-from common.privacy.pricing import epsilon_by_population
+from common.privacy.book import POPULATIONS, StudyAccount, reserves, rotation
+from common.privacy.chain import Chain, now, sync_folder
+from common.privacy.events import ReleaseEvent
+from common.privacy.lifetime import Commitment
+from common.privacy.lines import (
+    Assumed,
+    Decision,
+    Genesis,
+    KeyRotated,
+    PatientErased,
+    PolicyChanged,
+    ReceiptGiven,
+    Reconciled,
+    Refused,
+    Released,
+    Software,
+    StudyApproved,
+    StudyRevoked,
+    Upgraded,
+)
+from common.privacy.policy import Policy
+from common.privacy.receipts import Receipt
 from common.study import Study
 
-log = logging.getLogger(__name__)
+CLOCK_TOLERANCE = timedelta(minutes=2)
+"""By which the clock may stand behind the last line; a new line then takes that one's time."""
 
-START = "0" * 64
-"""`previous` of the first line."""
-
-Event = Annotated[ReleaseEvent, Field(discriminator="kind")]
+_REFUSALS_PER_DAY = 1000  # recorded; a coordinator can invent more, and must not fill the disk
 
 
-class _Line(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class Ledger(Chain):
+    """A site's ledger, to be written. To read one, `Book.read` is enough."""
 
-    previous: str
-    at: str
-
-
-class Genesis(_Line):
-    """First line. `entropy` is `seeded` where tests replaced the operating system's randomness; no
-    audit accepts such a ledger as private."""
-
-    line: Literal["genesis"] = "genesis"
-    ledger_schema: Literal[1] = 1
-    site: str
-    entropy: Literal["os", "seeded"]
-
-
-class Reserve(BaseModel):
-    """`count` releases of one kind that an approved study may make."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    count: int = Field(ge=1)
-    event: Event
-
-
-class StudyApproved(_Line):
-    """The hospital let a study in and set aside all that it may release, spare rounds included."""
-
-    line: Literal["study-approved"] = "study-approved"
-    study_hash: str
-    name: str
-    delta: float
-    runs: int = Field(ge=1)
-    reserved: tuple[Reserve, ...]
-
-
-class Released(_Line):
-    """A charge: durable before the release, and spent whether or not the release came about."""
-
-    line: Literal["released"] = "released"
-    study_hash: str
-    run: str
-    round: int
-    attempt: int
-    request_digest: str
-    event: Event
-
-
-class Refused(_Line):
-    """A signed request for a release that the site declined."""
-
-    line: Literal["refused"] = "refused"
-    study_hash: str
-    request_digest: str
-    code: str
-
-
-class Recovered(_Line):
-    """An unfinished last line was moved to `ledger.torn`."""
-
-    line: Literal["recovered"] = "recovered"
-    torn_bytes: int
-    torn_sha256: str
-
-
-Line = Genesis | StudyApproved | Released | Refused | Recovered
-_LINE: TypeAdapter[Line] = TypeAdapter(Annotated[Line, Field(discriminator="line")])
-
-
-class Ledger:
-    """A ledger file, shared safely between threads and processes.
-
-    Attributes:
-        path: The JSONL file, mode 0600.
-        site: Name in its first line.
-        lines: All lines read so far, oldest first.
-        head: SHA-256 of the last line: the receipt that others may keep.
-    """
-
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, identity: Identity) -> None:
         """Use `open`, which creates and checks."""
-        self.path = path
-        self.site = ""
-        self.lines: list[Line] = []
-        self.head = START
-        self._offset = 0
-        self._approved: dict[str, StudyApproved] = {}
-        self._released: dict[str, list[Released]] = {}
-        self._refused: set[tuple[str, str]] = set()
-        self._mutex = threading.Lock()
+        super().__init__(path, identity)
+        self._policy = ""
 
     @classmethod
-    def open(cls, path: str | Path, site: str, *, simulated: bool = False) -> Ledger:
+    def open(
+        cls,
+        path: str | Path,
+        site: str,
+        identity: Identity,
+        *,
+        simulated: bool = False,
+        virtual: bool = False,
+    ) -> Ledger:
         """Reads and verifies the ledger, or begins one.
 
         Args:
+            identity: The site's; signs every line.
             simulated: Randomness of the releases is seeded (tests). An existing ledger keeps its
                 mark; one begun with the operating system's entropy refuses seeded releases.
+            virtual: A virtual hospital of a simulation; recorded when the ledger begins.
 
         Raises:
-            PrivacyError: The chain is broken, the ledger is another site's, or it would have to
-                record seeded releases as private ones.
+            PrivacyError: The chain is broken, the ledger is another site's or signed with another
+                key, or it would have to record seeded releases as private ones.
         """
-        ledger = cls(Path(path))
+        ledger = cls(Path(path), identity)
         ledger.path.parent.mkdir(parents=True, exist_ok=True)
         with ledger._locked() as file:
-            if not ledger.lines:
-                entropy: Literal["os", "seeded"] = "seeded" if simulated else "os"
-                ledger._append(file, Genesis(previous=START, at=_now(), site=site, entropy=entropy))
-                _sync_folder(ledger.path.parent)
-        if ledger.site != site:
-            raise PrivacyError(
-                f"{path} is the ledger of site '{ledger.site}', not '{site}'",
-                cure="give each site its own state folder",
-            )
-        if simulated and not ledger.simulated:
-            raise PrivacyError(
-                f"{path} records releases under real randomness; seeded ones cannot join it",
-                cure="run simulations with seeded entropy on a state folder of their own",
-            )
+            book = ledger.book
+            if not book.lines:
+                ledger._append(
+                    file,
+                    Genesis,
+                    site=site,
+                    entropy="seeded" if simulated else "os",
+                    virtual=virtual,
+                    public_key=identity.public,
+                )
+                sync_folder(ledger.path.parent)
+            if book.site != site:
+                raise PrivacyError(
+                    f"{path} is the ledger of site '{book.site}', not '{site}'",
+                    cure="give each site its own state folder",
+                )
+            if not book.keys:
+                ledger._append(file, Upgraded, public_key=identity.public)
+            if book.public_key != identity.public:
+                raise PrivacyError(
+                    f"{path} is signed with key {book.public_key}, but the site's key is "
+                    f"{identity.public}",
+                    cure="restore site.key and ledger.jsonl from the same backup; to change the "
+                    "key, use `fedward site rotate-key`",
+                )
+            if simulated and not book.simulated:
+                raise PrivacyError(
+                    f"{path} records releases under real randomness; seeded ones cannot join it",
+                    cure="run simulations with seeded entropy on a state folder of their own",
+                )
+            for receipt in ledger._kept_receipts():
+                ledger._hold(receipt)
         return ledger
 
-    @property
-    def simulated(self) -> bool:
-        """Whether the first line says that randomness was seeded."""
-        first = self.lines[0]
-        return isinstance(first, Genesis) and first.entropy == "seeded"
+    # -- persons and policy -------------------------------------------------------------------
 
-    # -- writing ------------------------------------------------------------------------------
+    def settle_software(self, version: str, code_hash: str) -> None:
+        """Records the software where it is not that of the latest line about it."""
+        with self._locked() as file:
+            before = self.book.software
+            if before is None or (before.version, before.code_hash) != (version, code_hash):
+                self._append(file, Software, version=version, code_hash=code_hash)
 
-    def approve(self, study: Study, *, runs: int = 1) -> None:
+    def settle_policy(self, policy: Policy) -> None:
+        """Records the policy where it is not the one in force, and acts under it from here on."""
+        with self._locked() as file:
+            self._policy = policy.sha256
+            if self.book.policy is None or self.book.policy.sha256 != policy.sha256:
+                self._append(
+                    file,
+                    PolicyChanged,
+                    sha256=policy.sha256,
+                    lifetime=policy.lifetime,
+                    unprotected=policy.without_privacy is not None,
+                    approvers=policy.approvers,
+                )
+
+    def approve(
+        self,
+        study: Study,
+        *,
+        runs: int = 1,
+        expires: str | None = None,
+        decision: Decision | None = None,
+    ) -> None:
         """Sets aside everything that `study` may release here; does nothing when it already is.
 
         Args:
             runs: How often the hospital lets the study run. The reserve belongs to the study's
                 hash: a run beyond `runs` finds only what earlier ones left of it.
+            expires: From when on nothing more is released, ISO 8601 in UTC.
+            decision: Of a person who may approve; None only for virtual hospitals. Reopens a study
+                that was revoked, with a new reserve.
+
+        Raises:
+            Refusal: `lifetime-exceeded`, `ledger-behind`, `clock-behind`, `policy-changed`.
         """
+        site = self.book.site
         with self._locked() as file:
-            earlier = self._approved.get(study.hash)
-            if earlier is not None and earlier.runs >= runs:
+            account = self.book.studies.get(study.hash)
+            if account and decision is None and (account.closed or account.runs >= runs):
                 return
-            reserved: list[Reserve] = []
-            for event in study.reserved_events(self.site):
-                if reserved and reserved[-1].event == event:
-                    reserved[-1] = Reserve(count=reserved[-1].count + runs, event=event)
-                else:
-                    reserved.append(Reserve(count=runs, event=event))
+            self._check()
+            wanted = planned(study, site, runs)
+            account = account or StudyAccount(study.hash, study.name, study.privacy.delta)
+            self._afford(study.name, Commitment(study.privacy.delta, account.more(wanted)))
             self._append(
                 file,
-                StudyApproved(
-                    previous=self.head,
-                    at=_now(),
-                    study_hash=study.hash,
-                    name=study.name,
-                    delta=study.privacy.delta,
-                    runs=runs,
-                    reserved=tuple(reserved),
-                ),
+                StudyApproved,
+                study_hash=study.hash,
+                name=study.name,
+                delta=study.privacy.delta,
+                runs=runs,
+                reserved=reserves(wanted),
+                patients_declared=study.federation.sites[site].patients_declared,
+                expires=expires,
+                decision=decision,
             )
 
-    def charge(self, study: Study, site: str, request: Request) -> Released:
+    def revoke(self, study_hash: str, decision: Decision) -> None:
+        """Ends a study; what it did not release of its reserve is free again.
+
+        Raises:
+            Refusal: `study-unapproved`.
+        """
+        with self._locked() as file:
+            account = self.book.studies.get(study_hash)
+            if account is None or account.closed:
+                raise Refusal("study-unapproved", f"study {study_hash} is not approved here")
+            self._append(file, StudyRevoked, study_hash=study_hash, decision=decision)
+
+    def erase(self, commitment: str) -> None:
+        """Records, once, that a patient's data were removed."""
+        with self._locked() as file:
+            if commitment not in self.book.erased:
+                self._append(file, PatientErased, commitment=commitment)
+
+    def rotate(self, fresh: Identity) -> None:
+        """Hands signing over to a new key; the old one signs that line."""
+        with self._locked() as file:
+            proof = fresh.sign(rotation(self.book.head, self.book.site)).hex()
+            self._append(file, KeyRotated, public_key=fresh.public, proof=proof)
+            self._identity = fresh
+            self._keep_head()
+
+    # -- charging -----------------------------------------------------------------------------
+
+    def charge(
+        self, study: Study, site: str, request: Request, *, rounds_per_day: int | None = None
+    ) -> Released:
         """Spends one release of the study's reserve; durable when this returns.
 
         A request is charged once. Whoever holds the stored answer returns that; where it was lost
@@ -215,47 +223,34 @@ class Ledger:
         another charge: the same noise cannot be made again, and fresh noise is not free.
 
         Raises:
-            Refusal: `study-unapproved`; `budget-exhausted`: the reserve of this kind is spent;
-                `answer-lost`: this very request was charged before; `request-changed`: the round
-                was charged for another request and `attempt` is not higher than then.
+            Refusal: `study-unapproved`, `study-revoked`, `approval-expired`; `budget-exhausted`:
+                the reserve of this kind is spent; `lifetime-exceeded`: a cap was lowered below what
+                is set aside; `rounds-per-day`; `answer-lost`: this very request was charged before;
+                `request-changed`: the round was charged for another request and `attempt` is not
+                higher than then; `ledger-behind`, `clock-behind`, `policy-changed`.
         """
-        if request.kind not in ("train", "evaluate") or site != self.site:
+        if request.kind not in ("train", "evaluate") or site != self.book.site:
             raise PrivacyError(f"a '{request.kind}' request to site '{site}' is no release here")
         training = request.kind == "train"
         event = study.round_event(site) if training else study.evaluation_event()
         with self._locked() as file:
-            approval = self._approved.get(study.hash)
-            if approval is None:
-                raise Refusal("study-unapproved", f"study {study.hash} was never approved here")
-            spent = [r for r in self._released.get(study.hash, []) if r.event == event]
-            for earlier in spent:
-                if earlier.request_digest == request.digest:
-                    raise Refusal(
-                        "answer-lost",
-                        f"round {request.round} of run {request.run} was charged, but its answer "
-                        "is not kept",
-                        cure="retry with a higher attempt: a new charge",
-                    )
-            for earlier in spent:
-                same_round = (earlier.run, earlier.round) == (request.run, request.round)
-                if same_round and request.attempt <= earlier.attempt:
-                    raise Refusal(
-                        "request-changed",
-                        f"round {request.round} of run {request.run} was charged for another "
-                        f"request (attempt {earlier.attempt})",
-                        cure="retry a lost round with a higher attempt",
-                    )
-            allowed = sum(r.count for r in approval.reserved if r.event == event)
-            if len(spent) >= allowed:
+            self._check()
+            account = self._open_account(study)
+            _unspent(account, event, request)
+            allowed = account.allowed[event]
+            if account.spent[event] >= allowed:
                 raise Refusal(
                     "budget-exhausted",
                     f"study '{study.name}' has spent all {allowed} releases of kind "
                     f"'{request.kind}' reserved at site '{site}'",
                     cure="a study that needs more is a new study, with its own price",
                 )
-            line = Released(
-                previous=self.head,
-                at=_now(),
+            self._afford(study.name)
+            if training and rounds_per_day is not None:
+                self._not_too_many(rounds_per_day)
+            return self._append(
+                file,
+                Released,
                 study_hash=study.hash,
                 run=request.run,
                 round=request.round,
@@ -263,187 +258,202 @@ class Ledger:
                 request_digest=request.digest,
                 event=event,
             )
-            self._append(file, line)
-            return line
+
+    def check_open(self, study: Study) -> None:
+        """Whether the study may be charged at all; refusals as of `charge`."""
+        with self._locked():
+            self._check()
+            self._open_account(study)
 
     def refuse(self, request: Request, code: str) -> None:
-        """Records, once, that a signed request for a release was declined."""
+        """Records, once, that a signed request was declined; at most 1,000 in a day."""
         with self._locked() as file:
-            if (request.digest, code) in self._refused:
-                return
-            self._append(
-                file,
-                Refused(
-                    previous=self.head,
-                    at=_now(),
-                    study_hash=request.study_hash,
+            some = self.book.refusals_on(self._time()[:10])
+            if len(some) < _REFUSALS_PER_DAY and (request.digest, code) not in some:
+                self._append(
+                    file,
+                    Refused,
+                    study_hash=request.study_hash if _is_hash(request.study_hash) else "",
+                    request=request.kind,
                     request_digest=request.digest,
                     code=code,
+                )
+
+    # -- receipts -----------------------------------------------------------------------------
+
+    def receipt(self) -> Receipt:
+        """The ledger's present head, signed."""
+        with self._locked():
+            return self._receipt()
+
+    def give_receipt(self, holder: str) -> Receipt:
+        """The present head for someone outside to keep; the ledger records who."""
+        with self._locked() as file:
+            receipt = self._receipt()
+            self._append(file, ReceiptGiven, holder=holder, lines=receipt.lines)
+            return receipt
+
+    def compare(self, receipt: Receipt) -> None:
+        """Holds a receipt that someone else kept against this ledger; see `behind`.
+
+        Raises:
+            PrivacyError: The receipt is not this site's.
+        """
+        with self._locked():
+            if receipt.site != self.book.site or receipt.public_key not in self.book.keys:
+                raise PrivacyError(
+                    f"the receipt is of site '{receipt.site}' with key {receipt.public_key}, which "
+                    f"is not a key of site '{self.book.site}'"
+                )
+            if not receipt.genuine:
+                raise PrivacyError("the receipt's signature is not by the key that it names")
+            if not self.book.holds(receipt):
+                self._keep_receipt(receipt)
+                self._hold(receipt)
+
+    def reconcile(self, studies: Sequence[Study] = ()) -> Reconciled:
+        """Goes on from a ledger that lost lines. Whatever was or may have been approved counts as
+        spent to the end, and is closed: what it had left is lost, nothing is under-reported.
+
+        Args:
+            studies: Resolved studies that were approved in the lost lines.
+
+        Raises:
+            PrivacyError: Nothing is lost, or not every lost approval is accounted for.
+        """
+        with self._locked() as file:
+            receipt, book = self.behind, self.book
+            if receipt is None:
+                raise PrivacyError("this ledger lacks no line that a receipt names")
+            fresh = [study for study in studies if study.hash not in book.studies]
+            lost = receipt.approvals - book.approvals
+            if lost > len(fresh):
+                raise PrivacyError(
+                    f"the lost lines hold {lost} approvals, {len(fresh)} of them are given",
+                    cure="give the study of each with --study; their coordinators have them",
+                )
+            open_ones = [a for a in book.studies.values() if not a.closed]
+            line = self._append(
+                file,
+                Reconciled,
+                receipt_lines=receipt.lines,
+                receipt_head=receipt.head,
+                assumed=(
+                    *(
+                        _assumed(a.study_hash, a.name, a.delta, a.allowed - a.spent)
+                        for a in open_ones
+                    ),
+                    *(
+                        _assumed(s.hash, s.name, s.privacy.delta, planned(s, book.site, 1))
+                        for s in fresh
+                    ),
                 ),
             )
-
-    # -- reading ------------------------------------------------------------------------------
+            self.behind = None
+            for kept in self._kept_receipts():
+                self._hold(kept)
+            return line
 
     def refresh(self) -> None:
         """Reads what other processes appended."""
         with self._locked():
             pass
 
-    def verify(self) -> int:
-        """Checks the file from its first byte; returns the number of lines.
+    # -- checks -------------------------------------------------------------------------------
 
-        Raises:
-            PrivacyError: Naming the first line that does not follow from the one before it.
-        """
-        return len(Ledger.open(self.path, self.site).lines)
-
-    def released(self, study_hash: str, run: str | None = None) -> tuple[Released, ...]:
-        """Charges of a study, oldest first, of one run or of all."""
-        charges = self._released.get(study_hash, [])
-        return tuple(c for c in charges if run is None or c.run == run)
-
-    def events(
-        self, population: Population | None = None, study_hash: str | None = None
-    ) -> tuple[ReleaseEvent, ...]:
-        """Released events, oldest first, of one population or study or of all."""
-        return tuple(
-            charge.event
-            for hash_, charges in list(self._released.items())
-            if study_hash in (None, hash_)
-            for charge in charges
-            if population in (None, charge.event.population)
-        )
-
-    def unprotected(self) -> set[Population]:
-        """Populations of which anything was ever released without privacy."""
-        return {e.population for e in self.events() if isinstance(e, Unprotected)}
-
-    def epsilon(self, delta: float, study_hash: str | None = None) -> dict[str, float]:
-        """Epsilon at `delta` by population; infinity after an unprotected release.
-
-        Over one study this is its price. Over all studies (`study_hash=None`) it is information
-        only where later studies were chosen in the light of earlier answers.
-        """
-        spent = epsilon_by_population(self.events(study_hash=study_hash), delta)
-        return {"train": 0.0, "validation": 0.0, **spent}
-
-    # -- the file -----------------------------------------------------------------------------
-
-    @contextmanager
-    def _locked(self) -> Iterator[int]:
-        """The open file under its exclusive lock, with everything in it read and checked."""
-        with self._mutex:
-            file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                self._read(file)
-                yield file
-            finally:
-                os.close(file)  # releases the lock
-
-    def _read(self, file: int) -> None:
-        size = os.fstat(file).st_size
-        if size < self._offset:
-            raise PrivacyError(
-                f"{self.path} became shorter while in use: charges are missing",
-                cure="restore it from the backup; never edit a ledger",
+    def _check(self) -> None:
+        """What every approval and release asks first."""
+        book = self.book
+        if self.behind is not None:
+            raise Refusal(
+                "ledger-behind",
+                f"a receipt names line {self.behind.lines} ({self.behind.head[:12]}…), which this "
+                f"ledger of {len(book.lines)} lines does not hold: charges are missing",
+                cure="restore the newest ledger.jsonl; if there is none, `fedward site reconcile`",
             )
-        fresh = os.pread(file, size - self._offset, self._offset)
-        *whole, tail = fresh.split(b"\n")
-        for raw in whole:
-            self._take(raw, self._parse(raw))
-        if tail:
-            self._recover(file, tail)
-
-    def _recover(self, file: int, tail: bytes) -> None:
-        try:
-            line = self._parse(tail)
-        except PrivacyError:
-            aside = self.path.with_name("ledger.torn")
-            with aside.open("ab") as torn:
-                os.fchmod(torn.fileno(), 0o600)
-                torn.write(tail + b"\n")
-                torn.flush()
-                os.fsync(torn.fileno())
-            _sync_folder(self.path.parent)
-            os.ftruncate(file, self._offset)
-            log.warning(
-                "%s: an unfinished last line of %d bytes, which no release followed, was "
-                "moved to %s",
-                self.path,
-                len(tail),
-                aside,
+        if datetime.now(UTC) < datetime.fromisoformat(book.last_at) - CLOCK_TOLERANCE:
+            raise Refusal(
+                "clock-behind",
+                f"the clock says {now()}, but the ledger's last line is of {book.last_at}",
+                cure="set the clock right",
             )
-            if self.lines:
-                self._append(
-                    file,
-                    Recovered(
-                        previous=self.head,
-                        at=_now(),
-                        torn_bytes=len(tail),
-                        torn_sha256=hashlib.sha256(tail).hexdigest(),
-                    ),
+        if book.public_key != self._identity.public:
+            raise Refusal(
+                "key-rotated",
+                "the site's key was changed since this process read it",
+                cure="restart the site's daemon",
+            )
+        if self._policy and book.policy and book.policy.sha256 != self._policy:
+            raise Refusal(
+                "policy-changed",
+                "the policy was changed since this process read it",
+                cure="restart the site's daemon",
+            )
+
+    def _open_account(self, study: Study) -> StudyAccount:
+        account = self.book.studies.get(study.hash)
+        if account is None:
+            raise Refusal("study-unapproved", f"study {study.hash} was never approved here")
+        if account.closed:
+            raise Refusal("study-revoked", f"study {study.hash} was {account.closed} here")
+        if account.expires and datetime.now(UTC) >= account.expires:
+            raise Refusal(
+                "approval-expired",
+                f"the approval of study {study.hash} expired on {account.expires:%Y-%m-%d}",
+                cure="review and approve it again",
+            )
+        return account
+
+    def _afford(self, name: str, *more: Commitment) -> None:
+        for population in POPULATIONS:
+            after = self.book.lifetime(population, *more)
+            if after is not None and not after.within:
+                raise Refusal(
+                    "lifetime-exceeded",
+                    f"with study '{name}' the {population} patients of site '{self.book.site}' are "
+                    f"at epsilon {after.epsilon:.3f}, delta {after.delta:g}; the policy's lifetime "
+                    f"cap is {after.cap.epsilon:g} at {after.cap.delta:g}",
+                    cure="revoke a study that is not needed, or ask for a smaller one",
                 )
-        else:
-            log.warning("%s: the last line was whole but not ended; it counts as spent", self.path)
-            _write_all(file, b"\n")
-            os.fsync(file)
-            self._take(tail, line)
 
-    def _parse(self, raw: bytes) -> Line:
-        number = len(self.lines) + 1
-        cure = "restore the ledger from its backup; never edit it"
-        try:
-            line = _LINE.validate_json(raw)
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            raise PrivacyError(
-                f"{self.path}, line {number} is no ledger line: {first['msg']}", cure=cure
-            ) from None
-        if line.previous != self.head:
-            raise PrivacyError(
-                f"{self.path}, line {number} does not follow from line {number - 1}: a line was "
-                "changed, removed or inserted",
-                cure=cure,
+    def _not_too_many(self, rounds_per_day: int) -> None:
+        if self.book.training_rounds(datetime.now(UTC) - timedelta(days=1)) >= rounds_per_day:
+            raise Refusal(
+                "rounds-per-day",
+                f"{rounds_per_day} training rounds were charged in the last 24 hours",
+                cure="wait, or raise policy.rounds_per_day",
             )
-        if isinstance(line, Genesis) != (number == 1):
-            raise PrivacyError(
-                f"{self.path}, line {number}: a ledger has one genesis line, the first", cure=cure
+
+
+def planned(study: Study, site: str, runs: int) -> Counter[ReleaseEvent]:
+    """All that `runs` runs of a study may release at a site, spare rounds included."""
+    once = Counter(study.reserved_events(site))
+    return Counter({event: count * runs for event, count in once.items()})
+
+
+def _assumed(study_hash: str, name: str, delta: float, left: Counter[ReleaseEvent]) -> Assumed:
+    return Assumed(study_hash=study_hash, name=name, delta=delta, reserved=reserves(left))
+
+
+def _unspent(account: StudyAccount, event: ReleaseEvent, request: Request) -> None:
+    """Makes sure that neither the request nor its round was charged before."""
+    spent = [line for line in account.released if line.event == event]
+    if any(line.request_digest == request.digest for line in spent):
+        raise Refusal(
+            "answer-lost",
+            f"round {request.round} of run {request.run} was charged, but its answer is not kept",
+            cure="retry with a higher attempt: a new charge",
+        )
+    for line in spent:
+        same_round = (line.run, line.round) == (request.run, request.round)
+        if same_round and request.attempt <= line.attempt:
+            raise Refusal(
+                "request-changed",
+                f"round {request.round} of run {request.run} was charged for another request "
+                f"(attempt {line.attempt})",
+                cure="retry a lost round with a higher attempt",
             )
-        return line
-
-    def _append(self, file: int, line: Line) -> None:
-        raw = line.model_dump_json().encode()
-        _write_all(file, raw + b"\n")
-        os.fsync(file)
-        self._take(raw, line)
-
-    def _take(self, raw: bytes, line: Line) -> None:
-        self.lines.append(line)
-        self.head = hashlib.sha256(raw).hexdigest()
-        self._offset += len(raw) + 1
-        if isinstance(line, Genesis):
-            self.site = line.site
-        elif isinstance(line, StudyApproved):
-            self._approved[line.study_hash] = line
-        elif isinstance(line, Released):
-            self._released.setdefault(line.study_hash, []).append(line)
-        elif isinstance(line, Refused):
-            self._refused.add((line.request_digest, line.code))
 
 
-def _write_all(file: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(file, data) :]
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
+def _is_hash(text: str) -> bool:
+    return len(text) == 64 and set(text) <= set("0123456789abcdef")

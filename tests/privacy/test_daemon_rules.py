@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from client.site.daemon import guard as guard_module
 from client.site.daemon import work as work_module
@@ -20,20 +18,7 @@ from client.site.training.entropy import Entropy
 from common.errors import EncoderError
 from common.identity import Identity, open_envelope
 from common.messages import Answer, Envelope
-
-WARD = Path(__file__).parent.parent / "client" / "daemon" / "ward.py"
-
-
-@pytest.fixture(scope="session")
-def ward() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("ward", WARD)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["ward"] = module
-    spec.loader.exec_module(module)
-    torch.set_num_threads(1)
-    return module
+from common.privacy.policy import SENTENCE
 
 
 @pytest.fixture
@@ -90,7 +75,7 @@ def test_a_crash_after_the_charge_leaves_it_spent(
             hospital.send(request, initial)
     hospital.restart()
     assert len(hospital.charges()) == 1
-    assert hospital.hospitals["a"].ledger.epsilon(1e-3)["train"] > 0
+    assert hospital.hospitals["a"].ledger.book.epsilon(1e-3)["train"] > 0
 
     hospital.prepared(study)
     answer, arrays = hospital.ask(request, initial)
@@ -129,7 +114,11 @@ def test_another_request_for_a_charged_round_needs_a_higher_attempt(
     assert len(hospital.charges()) == 2
 
 
-def test_spare_rounds_serve_and_nothing_goes_beyond_them(hospital: Any, study: Any) -> None:
+def test_spare_rounds_serve_and_nothing_goes_beyond_them(
+    ward: ModuleType, tmp_path: Path, study: Any
+) -> None:
+    hospital = ward.Ward(tmp_path, simulated=False)
+    hospital.approve(study)
     initial = hospital.prepared(study)
     assert (study.federation.rounds, study.priced_rounds) == (2, 3)
     for number in (1, 2, 3):
@@ -148,7 +137,7 @@ def test_spare_rounds_serve_and_nothing_goes_beyond_them(hospital: Any, study: A
     assert hospital.ask(hospital.request("evaluate", study, 1), initial)[0].refusal is None
     answer, _ = hospital.ask(hospital.request("evaluate", study, 2), initial)
     assert answer.refusal == "budget-exhausted"
-    spent = hospital.hospitals["a"].ledger.epsilon(study.privacy.delta)
+    spent = hospital.hospitals["a"].ledger.book.epsilon(study.privacy.delta)
     assert 0.9 * study.privacy.epsilon < spent["train"] <= study.privacy.epsilon
     refused = [line for line in hospital.ledger_lines() if line["line"] == "refused"]
     assert [line["code"] for line in refused] == ["budget-exhausted"] * 4
@@ -157,7 +146,7 @@ def test_spare_rounds_serve_and_nothing_goes_beyond_them(hospital: Any, study: A
 def test_the_answer_states_the_price_of_the_ledger(hospital: Any, study: Any) -> None:
     initial = hospital.prepared(study)
     answer, _ = hospital.ask(hospital.request("train", study, 1), initial)
-    spent = hospital.hospitals["a"].ledger.epsilon(study.privacy.delta, study.hash)
+    spent = hospital.hospitals["a"].ledger.book.epsilon(study.privacy.delta, study.hash)
     assert answer.body["epsilon"] == spent
     assert spent["train"] > 0 == spent["validation"]
     assert answer.body["steps"] == study.training.steps_per_round
@@ -261,13 +250,13 @@ def test_without_privacy_only_if_the_policy_says_so(ward: ModuleType, tmp_path: 
     assert answer.refusal == "mode-forbidden"
     assert strict.ask(strict.request("train", open_study, 1))[0].refusal == "not-prepared"
 
-    lenient = ward.Ward(tmp_path / "lenient", allow_no_privacy=True)
+    lenient = ward.Ward(tmp_path / "lenient", without_privacy=SENTENCE)
     initial = lenient.prepared(open_study)
     answer, _ = lenient.ask(lenient.request("train", open_study, 1), initial)
     assert answer.body["epsilon"] == {"train": None, "validation": 0.0}
     assert lenient.charges()[0]["event"]["kind"] == "unprotected"
     lenient.restart()
-    assert lenient.hospitals["a"].ledger.epsilon(1e-5)["train"] == float("inf")
+    assert lenient.hospitals["a"].ledger.book.epsilon(1e-5)["train"] == float("inf")
 
 
 def test_a_site_counts_its_own_training_patients(ward: ModuleType, tmp_path: Path) -> None:
@@ -275,7 +264,7 @@ def test_a_site_counts_its_own_training_patients(ward: ModuleType, tmp_path: Pat
     greedy = ward.make_study(federation={"sites": {"a": {"patients_declared": ward.PATIENTS}}})
     answer, _ = world.ask(world.request("prepare", greedy))
     assert (answer.refusal, answer.body) == ("patients-too-few", {})
-    assert [line["line"] for line in world.ledger_lines()] == ["genesis"], "not approved"
+    assert "study-approved" not in [line["line"] for line in world.ledger_lines()]
 
     policy = ward.Ward(tmp_path / "strict", min_patients=ward.PATIENTS)
     answer, _ = policy.ask(policy.request("prepare", ward.make_study()))
@@ -303,10 +292,11 @@ def test_answers_that_are_no_release_say_nothing_of_the_patients(
     for seed in (0, 7):
         folder = tmp_path / str(seed)
         ward.make_shard(folder / "shards" / "a", "a", seed)
-        world = ward.Ward(folder, simulated=False, approved=(study.hash,))
+        world = ward.Ward(folder, simulated=False)
+        world.approve(study)
         prepare, _ = world.ask(world.request("prepare", study))
         initialise, initial = world.ask(world.request("initialise", study))
-        body = {k: v for k, v in prepare.body.items() if k != "public_key"}
+        body = {k: v for k, v in prepare.body.items() if k not in ("public_key", "receipt")}
         bodies.append((body, initialise.body, {n: a.tobytes() for n, a in initial.items()}))
     assert bodies[0] == bodies[1]
     assert bodies[0][0]["ready"] is True

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -30,23 +28,11 @@ from client.site.training.invariance import BatchDependent, row_deviation, score
 from client.site.training.plan import DPExecutionPlan, OptimizerConfig, PerformanceFlags
 from client.site.training.trainer import Trainer
 from common.errors import PrivacyError
+from common.privacy.policy import SENTENCE
 from common.study import Study
 
-WARD = Path(__file__).parent.parent / "client" / "daemon" / "ward.py"
 CPU = torch.device("cpu")
 PLAN = DPExecutionPlan(0.5, 1, 1, 8, max_grad_norm=1.0, noise_multiplier=1.0)
-
-
-@pytest.fixture(scope="module")
-def ward() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("ward", WARD)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["ward"] = module
-    spec.loader.exec_module(module)
-    torch.set_num_threads(1)
-    return module
 
 
 def lab_data(patients: int = 8) -> Dataset:
@@ -277,13 +263,15 @@ def test_measured_slack_needs_the_hospitals_consent(ward: ModuleType, tmp_path: 
     assert lenient.ask(lenient.request("prepare", study))[0].refusal is None
 
 
-def test_a_real_hospital_names_the_studies_it_approves(ward: ModuleType, tmp_path: Path) -> None:
+def test_a_real_hospital_puts_an_end_to_what_its_patients_spend(
+    ward: ModuleType, tmp_path: Path
+) -> None:
     with pytest.raises(ValidationError, match="puts no end to what its patients spend"):
-        ward.Ward(tmp_path, simulated=False, approved=("*",))
+        ward.Ward(tmp_path, simulated=False, lifetime=None)
 
 
 def test_a_release_without_privacy_is_never_forgotten(ward: ModuleType, tmp_path: Path) -> None:
-    world = ward.Ward(tmp_path, allow_no_privacy=True)
+    world = ward.Ward(tmp_path, without_privacy=SENTENCE)
     open_study, study = ward.make_study(private=False), ward.make_study()
     initial = world.prepared(open_study)
     world.ask(world.request("train", open_study, round=1), initial)

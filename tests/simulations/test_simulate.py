@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from client.site.model.files import NANO
 from common.errors import FedwardError
-from common.privacy.ledger import Ledger
+from common.privacy.book import Book
 from common.study import Study
 from server.report import Report
 from simulations import simulate, synthetic_hospitals
@@ -56,7 +56,7 @@ def test_the_report_accounts_for_every_hospital(
     for site in report.sites:
         assert site.steps == 4
         assert site.evaluations == 1
-        ledger = Ledger.open(out / "sites" / site.name / "ledger.jsonl", site.name)
+        ledger = Book.read(out / "sites" / site.name / "ledger.jsonl")
         assert not ledger.simulated  # noise and sampling were the operating system's
         assert site.epsilon_by_population == ledger.epsilon(site.delta, said["study"]["hash"])
         assert 0 < (site.epsilon or 0) <= study.privacy.epsilon * 1.001

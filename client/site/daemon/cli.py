@@ -14,11 +14,15 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from client.site.daemon import persons
 from common.errors import FedwardError
 from common.identity import Identity
-from common.privacy.ledger import Ledger
+from common.privacy.book import Book
 
-app = typer.Typer(no_args_is_help=True, help="A hospital's daemon, keys and own metrics.")
+app = typer.Typer(
+    no_args_is_help=True, help="A hospital's daemon, decisions, keys and own metrics."
+)
+persons.register(app)
 
 _POPULATIONS = ("train", "validation")
 StateFolder = Annotated[Path, typer.Argument(help="State folder of the site.")]
@@ -26,7 +30,7 @@ StateFolder = Annotated[Path, typer.Argument(help="State folder of the site.")]
 
 @app.callback()
 def _group() -> None:
-    """A hospital's daemon, keys and own metrics."""
+    """A hospital's daemon, decisions, keys and own metrics."""
 
 
 @app.command()
@@ -120,27 +124,25 @@ def ledger(
         typer.Option(help="Probability at which to price all [default: each its own]."),
     ] = None,
 ) -> None:
-    """Verifies the site's ledger and shows what was released and what it cost.
+    """Shows what was released and what it cost; `fedward audit` says more.
 
     A study is priced at its own δ, everything together at the largest of these.
     """
     path = state / "ledger.jsonl"
     if not path.exists():
         raise FedwardError(f"no ledger in {state}", cure="start the daemon once: it begins one")
-    site = json.loads(path.open().readline() or "{}").get("site", "")
-    book = Ledger.open(path, site)
-    title = f"site {site}: {len(book.lines)} lines, chain whole"
+    book = Book.read(path)
+    title = f"site {book.site}: {len(book.lines)} lines, chain whole"
     table = Table(title=title, title_justify="left", box=SIMPLE)
     for name in ("study", "hash", "releases", "δ", "ε train", "ε validation"):
         table.add_column(name, justify="left" if name in ("study", "hash") else "right")
-    approved = {line.study_hash: line for line in book.lines if line.line == "study-approved"}
     rows: list[tuple[str, str | None, float]] = [
-        (line.name, hash_, delta or line.delta) for hash_, line in approved.items()
+        (account.name, hash_, delta or account.delta) for hash_, account in book.studies.items()
     ]
-    largest = delta or max((line.delta for line in approved.values()), default=1e-5)
+    largest = delta or max((account.delta for account in book.studies.values()), default=1e-5)
     for name, hash_, at in [*rows, ("all together", None, largest)]:
         spent = book.epsilon(at, hash_)
-        count = len(book.events(study_hash=hash_))
+        count = book.events(study_hash=hash_).total()
         figures = ("∞" if math.isinf(e) else f"{e:.3f}" for e in (spent[p] for p in _POPULATIONS))
         table.add_row(name, (hash_ or "")[:12], str(count), f"{at:g}", *figures)
     console = Console()

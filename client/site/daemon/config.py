@@ -1,22 +1,22 @@
 """What a hospital tells its daemon: which shards it hosts, where their state lies, and the policy.
 
-The file is the hospital's own; nothing in it comes from a coordinator.
+The file is the hospital's own; nothing in it comes from a coordinator. A site's `policy` is the
+path of its policy file, or the policy itself as a table.
 """
 
 from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from common.errors import FedwardError
+from common.errors import FedwardError, explain
+from common.privacy.policy import Policy
 from common.study import Name
 
-PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Approval = Annotated[str, Field(pattern=r"^(\*|[0-9a-f]{64})$")]
 _SOCKET_BYTES = 100  # of a Unix socket's path; Linux admits 107
 
 
@@ -28,30 +28,6 @@ class ConfigError(FedwardError):
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Policy(_Part):
-    """What the hospital allows. The defaults allow nothing.
-
-    Attributes:
-        coordinators: Public keys whose requests are heard, hex.
-        approved: Hashes of the studies that may run. `*` is for virtual hospitals: every study has
-            a budget of its own, and refusals for too few patients would tell how many there are.
-        allow_no_privacy: Lets studies of mode `none` run: their releases have no privacy at all,
-            and the ledger prices the patients at infinity for ever.
-        allow_batch_slack: Lets studies run on kernels that round a patient by the others in the
-            pass (`privacy.batch_slack` above 0). What that adds to the sensitivity is measured, and
-            a coordinator who makes adapters for it can exceed the measure.
-        min_patients: Training patients without whom no study runs, whatever it declares.
-        runs: How often one study may spend its reserve. Two runs cost twice.
-    """
-
-    coordinators: tuple[PublicKey, ...] = ()
-    approved: tuple[Approval, ...] = ()
-    allow_no_privacy: bool = False
-    allow_batch_slack: bool = False
-    min_patients: int = Field(default=1, ge=1)
-    runs: int = Field(default=1, ge=1)
 
 
 class SiteConfig(_Part):
@@ -78,9 +54,10 @@ class DaemonConfig(_Part):
         idle_exit_seconds: Ends the daemon after so long without a request; None never does.
         threads: Of torch on the CPU; None leaves torch's default.
         device: `cpu`, `cuda`, `cuda:1` …; None takes the GPU where there is one.
-        simulated: Virtual hospitals. The split of patients into training and validation then
-            follows from the study's seed, so that simulations can be compared; in a real hospital
-            it is random and secret. Sampling and noise are the operating system's in both.
+        simulated: Virtual hospitals. They approve every study that their policy allows, and need no
+            lifetime cap. The split of patients into training and validation follows from the
+            study's seed, so that simulations can be compared; in a real hospital it is random and
+            secret. Sampling and noise are the operating system's in both.
     """
 
     socket: Path
@@ -98,10 +75,11 @@ class DaemonConfig(_Part):
             if doubled:
                 raise ValueError(f"two sites have the {what} '{doubled[0]}'")
         for site in self.sites:
-            if "*" in site.policy.approved and not self.simulated:
+            if site.policy.lifetime is None and not self.simulated:
                 raise ValueError(
-                    f"site '{site.name}' approves every study ('*'), which puts no end to what its "
-                    "patients spend: list the hashes of the studies that may run"
+                    f"the policy of site '{site.name}' has no lifetime, which puts no end to what "
+                    "its patients spend: add [lifetime.train] and [lifetime.validation] with "
+                    "epsilon and delta"
                 )
         if len(str(self.socket).encode()) > _SOCKET_BYTES:
             raise ValueError(
@@ -124,18 +102,14 @@ class DaemonConfig(_Part):
             raise ConfigError(f"cannot read {path} ({error.strerror})") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} is not valid TOML: {error}") from None
+        base = path.absolute().parent
+        for site in raw.get("sites", ()):
+            if isinstance(site, dict) and isinstance(site.get("policy"), str):
+                site["policy"] = Policy.load(base / Path(site["policy"]).expanduser())
         try:
             config = cls.model_validate(raw)
         except ValidationError as error:
-            problems = [
-                f"{'.'.join(str(part) for part in item['loc']) or 'file'}: "
-                + ("unknown key" if item["type"] == "extra_forbidden" else item["msg"])
-                for item in error.errors(include_url=False)
-            ]
-            raise ConfigError(
-                f"{path}: {'; '.join(problems)}", cure="see client/site/daemon/config.py"
-            ) from None
-        base = path.absolute().parent
+            raise ConfigError(f"{path}: {explain(error)}", cure="see docs/policy.md") from None
 
         def placed(value: Path) -> Path:
             return base / value.expanduser()

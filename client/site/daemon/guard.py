@@ -4,22 +4,7 @@ It assumes that relay and coordinator are hostile. What it lets out is a charged
 function of public and ledger state; of an error only a stable code leaves, and the full story goes
 to the hospital's own log.
 
-| code | meaning |
-|---|---|
-| message-malformed, signature-invalid | not a request of a known coordinator |
-| site-unknown | no such hospital here, or the study does not name it (with this key) |
-| study-invalid, study-unapproved, mode-forbidden, privacy-refused | the policy says no |
-| code-mismatch | coordinator and site run different versions |
-| patients-too-few | fewer training patients than declared or than the policy asks for |
-| validation-fraction-fixed | the site's patients are split by another share, for good |
-| not-prepared | send `prepare` first; sent also after a restart of the daemon |
-| adapter-invalid | names, shapes, types or values do not fit the study's model |
-| budget-exhausted | the study's reserve here is spent |
-| request-changed | the round was charged for another request; retry with a higher attempt |
-| answer-lost | charged, but the answer is not kept; retry with a higher attempt |
-| model-invalid | the study's SLM cannot be loaded here |
-| data-problem | anything that went wrong with data, shard, encoders or vault |
-| internal | anything else |
+Every code has a page in docs/refusals/: what happened, and how to resolve it.
 """
 
 from __future__ import annotations
@@ -40,12 +25,15 @@ from common.errors import FedwardError, ModelError, PrivacyError, Refusal, Study
 from common.fingerprint import code_hash
 from common.identity import open_envelope, verify
 from common.messages import Answer, Arrays, Envelope, Request
-from common.privacy.pricing import epsilon_by_population
+from common.privacy.receipts import Receipt
 from common.study import Study
 
 log = logging.getLogger("fedward.daemon")
 
-_ROUNDING = 1.001  # a study's own calibration rounds its noise to 4 digits
+CHARGED = ("train", "evaluate")
+"""Kinds of request whose answers are releases."""
+
+_VIRTUAL_RUNS = 1_000_000  # virtual patients lose nothing; their ledgers count all the same
 
 
 class Guard:
@@ -76,9 +64,12 @@ class Guard:
             if request.kind == "roster":
                 return self._roster(digest)
             hospital = self._addressed(request, signers)
-            return self._answer(hospital, request, envelope.arrays)
+            packed = self._answer(hospital, request, envelope.arrays)
         except Exception as error:
-            return self._refuse(error, hospital, request, digest)
+            packed = self._refuse(error, hospital, request, digest)
+        if hospital and request and request.kind in CHARGED:
+            hospital.await_slot()
+        return packed
 
     # -- who speaks, and to whom ------------------------------------------------------------
 
@@ -126,19 +117,29 @@ class Guard:
                 cure="install the same version of Fedward on both sides",
             )
         study = _study(request)
-        self._admit(hospital, study)
+        hospital.witness(_receipts(request))
+        hospital.demand(study)
+        if not hospital.virtual:
+            hospital.ledger.check_open(study)
         body = hospital.prepare(study)
-        hospital.ledger.approve(study, runs=hospital.policy.runs)
+        if hospital.virtual:
+            hospital.ledger.approve(study, runs=_VIRTUAL_RUNS)
+        body = {**body, "receipt": hospital.ledger.receipt().model_dump(mode="json")}
         return _sealed(hospital, _reply(hospital, request, body))
 
     def _release(self, hospital: Hospital, request: Request, arrays: Arrays) -> bytes:
         """Policy, budget, act: the one path on which patients' data leaves, as a charged answer."""
         prepared = hospital.prepared(request.study_hash)
-        self._admit(hospital, prepared.study)
+        hospital.demand(prepared.study)
         work = ready(hospital, prepared, request, arrays)
         try:
             hospital.check_stopping()
-            hospital.ledger.charge(prepared.study, hospital.name, request)
+            hospital.ledger.charge(
+                prepared.study,
+                hospital.name,
+                request,
+                rounds_per_day=hospital.policy.rounds_per_day,
+            )
             body, released = _act(work)
         finally:
             work.close()
@@ -159,61 +160,11 @@ class Guard:
     ) -> bytes:
         epsilon = hospital.epsilon(prepared.study)
         hospital.show(epsilon=epsilon)
-        charges = hospital.ledger.released(prepared.study.hash)
+        charges = hospital.ledger.book.released(prepared.study.hash)
         rounds = sum(charge.event.population == "train" for charge in charges)
-        body = {**body, "epsilon": epsilon, "rounds_charged": rounds}
+        receipt = hospital.ledger.receipt().model_dump(mode="json")
+        body = {**body, "epsilon": epsilon, "rounds_charged": rounds, "receipt": receipt}
         return _sealed(hospital, _reply(hospital, request, body), released)
-
-    def _admit(self, hospital: Hospital, study: Study) -> None:
-        """The hospital's policy on a study."""
-        policy, name = hospital.policy, hospital.name
-        site = study.federation.sites.get(name)
-        if site is None or site.public_key not in (None, hospital.identity.public):
-            raise Refusal(
-                "site-unknown",
-                f"study '{study.name}' does not name site '{name}' with "
-                f"the key {hospital.identity.public}",
-            )
-        if not {"*", study.hash} & set(policy.approved):
-            raise Refusal(
-                "study-unapproved",
-                f"study '{study.name}' ({study.hash}) is not approved at site '{name}'",
-                cure=f'to approve it, add "{study.hash}" to the site\'s policy.approved',
-            )
-        if not study.resolved:
-            raise Refusal(
-                "study-invalid",
-                f"study '{study.name}' leaves its noise open",
-                cure="send a resolved study",
-            )
-        if study.privacy.mode == "none":
-            if not policy.allow_no_privacy:
-                raise Refusal(
-                    "mode-forbidden",
-                    f"study '{study.name}' has no privacy, which site '{name}' does not allow",
-                    cure="policy.allow_no_privacy = true lets everything about the patients leave",
-                )
-            return
-        if study.privacy.batch_slack and not policy.allow_batch_slack:
-            raise Refusal(
-                "privacy-refused",
-                f"study '{study.name}' charges for kernels that mix patients by a measure, not a "
-                f"proof, which site '{name}' does not allow",
-                cure="privacy.batch_slack = 0: where kernels mix, patients then train one per pass",
-            )
-        promised = {
-            "train": study.privacy.epsilon,
-            "validation": study.evaluation.epsilon or study.privacy.epsilon,
-        }
-        prices = epsilon_by_population(study.reserved_events(name), study.privacy.delta)
-        for population, price in prices.items():
-            if price > promised[population] * _ROUNDING:
-                raise Refusal(
-                    "privacy-refused",
-                    f"study '{study.name}' promises epsilon {promised[population]:g} to its "
-                    f"{population} patients, but its releases price at {price:.3f}",
-                    cure="resolve the study again",
-                )
 
     # -- saying no --------------------------------------------------------------------------
 
@@ -231,7 +182,7 @@ class Guard:
         try:
             if hospital and request:
                 hospital.status.refusal = code
-                if request.kind in ("train", "evaluate"):
+                if request.kind in (*CHARGED, "prepare") and not isinstance(error, Stopped):
                     hospital.ledger.refuse(request, code)
         except Exception as second:  # a full disk, say; the refusal itself still goes out
             speaker.log.error("the refusal could not be recorded", exc_info=second)
@@ -273,6 +224,13 @@ def _study(request: Request) -> Study:
     if study.hash != request.study_hash:
         raise Refusal("message-malformed", "the study is not the one that its hash names")
     return study
+
+
+def _receipts(request: Request) -> list[Receipt]:
+    try:
+        return [Receipt.model_validate(fields) for fields in request.receipts]
+    except ValidationError:
+        raise Refusal("message-malformed", "a receipt does not parse") from None
 
 
 def _reply(hospital: Hospital, request: Request, body: dict[str, Any]) -> Answer:

@@ -1,21 +1,25 @@
 """One hosted hospital: its data, its ledger, its keys, and the work done on them.
 
-State folder: `ledger.jsonl`, `site.key` (identity), `population.key` and `.fraction` (who
-trains, who validates),
-`vault/` (encrypted embeddings), `answers/`, `exact/` (metrics that stay here), `status.json`,
+State folder: `ledger.jsonl` (with `ledger.head`, `ledger.receipts` and `ledger.torn`, see
+`common.privacy.chain`), `site.key` (identity), `population.key` and `.fraction` (who trains, who
+validates), `erasure.key` (recognises erased patients), `vault/` (encrypted embeddings), `answers/`,
+`witness.jsonl` (receipts of other sites), `exact/` (metrics that stay here), `status.json`,
 `daemon.log` (the full story of every refusal; it may name files and rows, and stays here).
 """
 
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 import logging
 import math
 import os
 import time
 from collections import OrderedDict
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -24,14 +28,17 @@ from typing import Any, Literal
 from client.site.daemon.answers import Answers, write_durably
 from client.site.daemon.bench import Bench
 from client.site.daemon.config import SiteConfig
-from client.site.encoders.registry import describe, dimensions
-from client.site.encoders.run import EncodeProgress, Populations, encode_site
+from client.site.daemon.demands import Demand, demands, enough_patients, model_demands
+from client.site.encoders.registry import describe, dimensions, fingerprints
+from client.site.encoders.run import EncodeProgress, Populations, encode_site, validates
 from client.site.encoders.vault import Vault
 from client.site.shard.shard import Shard
 from common.errors import PrivacyError, Refusal
+from common.fingerprint import code_hash
 from common.identity import Identity
 from common.messages import Arrays, Request
 from common.privacy.ledger import Ledger
+from common.privacy.receipts import Receipt
 from common.study import Study
 
 Phase = Literal["idle", "encoding", "ready", "training", "evaluating"]
@@ -71,11 +78,12 @@ class Status:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A study that this hospital is ready for."""
+    """A study that this hospital is ready for. `erased`: patients erased by then."""
 
     study: Study
     populations: Populations
     dims: dict[str, int]
+    erased: int
 
 
 class Hospital:
@@ -92,23 +100,30 @@ class Hospital:
 
     def __init__(self, config: SiteConfig, bench: Bench, *, simulated: bool = False) -> None:
         self.name, self.policy, self.state = config.name, config.policy, config.state
-        self.simulated = simulated
+        self.virtual = simulated
         self._shard_path, self.bench = config.shard, bench
         self.state.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if (self.state / "population.key").exists() and not (self.state / "ledger.jsonl").exists():
+        signs_of_one = [self.state / name for name in ("population.key", "ledger.head")]
+        gone = not (self.state / "ledger.jsonl").exists()
+        if gone and any(path.exists() for path in signs_of_one):
             raise PrivacyError(
                 f"the ledger of site '{self.name}' is gone from {self.state}: what was released "
                 "can no longer be counted",
                 cure="restore ledger.jsonl from the backup",
             )
-        self.ledger = Ledger.open(self.state / "ledger.jsonl", self.name)
         self.identity = Identity.open(self.state / "site.key")
+        self.ledger = Ledger.open(
+            self.state / "ledger.jsonl", self.name, self.identity, virtual=simulated
+        )
+        self.ledger.settle_software(version("fedward"), code_hash())
+        self.ledger.settle_policy(self.policy)
         self.answers = Answers(self.state / "answers")
         self.log = _log_file(self.name, self.state / "daemon.log")
         self.status = Status(site=self.name)
         self.stopping = False
         self._prepared: OrderedDict[str, Prepared] = OrderedDict()
         self._shard: Shard | None = None
+        self._shard_without = 0
         self._vault: Vault | None = None
 
     # -- preparing ----------------------------------------------------------------------------
@@ -128,12 +143,18 @@ class Hospital:
             try:
                 dims = dimensions(study)
                 resident = self.bench.resident(study, dims)
+                for demand in model_demands(
+                    self.policy, fingerprints(study), resident.spec["slm"]["sha256"]
+                ):
+                    demand.insist()
+                self.ledger.refresh()
+                erased = len(self.ledger.book.erased)
                 populations = self._encode(study)
-                self._enough(study, populations.train.n_patients)
+                self.enough(study, populations.train.n_patients).insist()
             except BaseException:
                 self.show(phase="idle")
                 raise
-            self._prepared[study.hash] = Prepared(study, populations, dims)
+            self._prepared[study.hash] = Prepared(study, populations, dims, erased)
             self._prepared.move_to_end(study.hash)
             while len(self._prepared) > _STUDIES_KEPT:
                 self._prepared.popitem(last=False)
@@ -143,7 +164,7 @@ class Hospital:
                 "spec": resident.spec,
                 "encoders": dict(describe(study)),
                 "slm": resident.spec["slm"],
-                "simulated": self.simulated or self.ledger.simulated,
+                "simulated": self.virtual or self.ledger.book.simulated,
                 "public_key": self.identity.public,
             }
 
@@ -153,7 +174,11 @@ class Hospital:
         Raises:
             Refusal: `not-prepared`.
         """
+        self.ledger.refresh()
         found = self._prepared.get(study_hash)
+        if found is not None and found.erased != len(self.ledger.book.erased):
+            del self._prepared[study_hash]  # a patient was erased since
+            found = None
         if found is None:
             raise Refusal("not-prepared", f"study {study_hash} was not prepared since the start")
         return found
@@ -168,29 +193,100 @@ class Hospital:
     def forget_old_answers(self, study: Study, request: Request, keep: int = 8) -> None:
         """Only the latest answers of a run can still be asked for: the coordinator resumes from
         its last round."""
-        for charge in self.ledger.released(study.hash, request.run)[-keep - 2 : -keep]:
+        for charge in self.ledger.book.released(study.hash, request.run)[-keep - 2 : -keep]:
             self.answers.forget(charge.request_digest)
 
     def epsilon(self, study: Study) -> dict[str, float | None]:
         """Price of what was released for the study so far, at its delta; None is infinity, also
         where another study released the same patients without privacy."""
-        spent = self.ledger.epsilon(study.privacy.delta, study.hash)
-        for population in self.ledger.unprotected():
+        spent = self.ledger.book.epsilon(study.privacy.delta, study.hash)
+        for population in self.ledger.book.unprotected():
             spent[population] = math.inf  # whatever the study: nothing takes it back
         return {name: e if math.isfinite(e) else None for name, e in spent.items()}
+
+    def witness(self, receipts: Sequence[Receipt]) -> None:
+        """Takes in receipts that the coordinator keeps: its own ledger's it must hold, those of
+        other sites it keeps for whoever audits them.
+
+        Raises:
+            Refusal: `receipt-foreign`.
+        """
+        others = []
+        for receipt in receipts:
+            if receipt.site != self.name:
+                others.append(receipt)
+                continue
+            try:
+                self.ledger.compare(receipt)
+            except PrivacyError as error:
+                raise Refusal("receipt-foreign", str(error)) from None
+        if others:
+            text = "".join(f"{receipt.model_dump_json()}\n" for receipt in others)
+            write_durably(self.state / "witness.jsonl", text.encode())
+
+    # -- persons -------------------------------------------------------------------------------
+
+    def demand(self, study: Study) -> None:
+        """The policy on a study. Raises the refusal of the first condition that is not met."""
+        account = self.ledger.book.studies.get(study.hash)
+        runs = account.runs if account and not self.virtual else 1
+        for found in demands(self.policy, self.name, self.identity.public, study, runs):
+            found.insist()
+
+    def training_patients(self, study: Study) -> int:
+        """Training patients here, by the split as it is or, before the first study, would be. The
+        number never leaves the hospital."""
+        split = validates(self._open_shard().records, self._split_key(study), self._share(study))
+        return int((~split).sum())
+
+    def fix_split(self, study: Study) -> bytes:
+        """Who trains and who validates, from now on for the site's life; the key that decides it.
+
+        Raises:
+            Refusal: `validation-fraction-fixed`: it was fixed otherwise. A patient who moved from
+                one population to the other would spend in both.
+        """
+        wanted = self._share(study)
+        share = self.state / "population.fraction"
+        if not share.exists():
+            write_durably(share, repr(wanted).encode(), once=True)
+        return self._split_key(study)
+
+    def enough(self, study: Study, patients: int) -> Demand:
+        """Whether there are as many training patients as were declared and the policy wants."""
+        declared = study.federation.sites[self.name].patients_declared
+        return enough_patients(self.policy, self.name, declared, patients)
+
+    def erase(self, patient_id: str) -> int:
+        """A patient's embeddings and their key are destroyed, the ledger keeps a keyed hash, and a
+        re-imported shard with that patient is read without them.
+
+        Returns:
+            Embeddings that were destroyed.
+        """
+        if self._vault is None:
+            self._vault = Vault.open(self.state / "vault")
+        count = self._vault.forget(patient_id)
+        self.ledger.erase(self._commitment(patient_id))
+        self._prepared.clear()
+        return count
+
+    def await_slot(self) -> None:
+        """Sleeps to the next multiple of the policy's `release_slot`."""
+        if slot := self.policy.release_slot:
+            time.sleep(slot - time.time() % slot)
 
     # -- inner --------------------------------------------------------------------------------
 
     def _encode(self, study: Study) -> Populations:
-        key = self._population_key(study)
+        key = self.fix_split(study)
         try:
-            if self._shard is None:
-                self._shard = Shard.open(self._shard_path)
+            shard = self._open_shard()
             if self._vault is None:
                 self._vault = Vault.open(self.state / "vault")
             populations = encode_site(
                 study,
-                self._shard,
+                shard,
                 self._vault,
                 population_key=key,
                 on_progress=self._encoded,
@@ -203,35 +299,38 @@ class Hospital:
             self.log.info("study '%s': %s", study.name, remark)
         return populations
 
-    def _enough(self, study: Study, patients: int) -> None:
-        declared = study.federation.sites[self.name].patients_declared
-        least = max(declared, self.policy.min_patients)
-        if patients < least:
-            raise Refusal(
-                "patients-too-few",
-                f"{patients} training patients at site '{self.name}', {least} are needed "
-                f"({declared} declared, {self.policy.min_patients} by policy)",
-                cure="declare fewer patients in the study, or leave the site out",
-            )
+    def _open_shard(self) -> Shard:
+        """The shard without the patients that were erased."""
+        erased = self.ledger.book.erased
+        if self._shard is None or self._shard_without != len(erased):
+            shard = Shard.open(self._shard_path)
+            if erased:
+                patients = shard.records["patient_id"]
+                gone = [p for p in patients.unique() if self._commitment(p) in erased]
+                shard = replace(shard, records=shard.records.filter(~patients.is_in(gone)))
+            self._shard, self._shard_without = shard, len(erased)
+        return self._shard
 
-    def _population_key(self, study: Study) -> bytes:
-        """Decides who validates. Key and share are set by the first study and then fixed for the
-        site's life: a patient who moved from one population to the other would spend in both.
+    def _commitment(self, patient_id: str) -> str:
+        """Keyed, so that the ledger's reader cannot try patient ids."""
+        path = self.state / "erasure.key"
+        if not path.exists():
+            if self.ledger.book.erased:
+                raise PrivacyError(
+                    f"erasure.key of site '{self.name}' is gone from {self.state}: erased patients "
+                    "cannot be recognised",
+                    cure="restore it from the backup",
+                )
+            write_durably(path, os.urandom(32), once=True)
+        return hmac.new(path.read_bytes(), patient_id.encode(), hashlib.sha256).hexdigest()
 
-        Raises:
-            Refusal: `validation-fraction-fixed`.
-        """
-        path, share = self.state / "population.key", self.state / "population.fraction"
+    def _share(self, study: Study) -> float:
+        path = self.state / "population.fraction"
         wanted = study.evaluation.validation_fraction
-        if self.ledger.events() and not (path.exists() and share.exists()):
-            raise PrivacyError(
-                f"population.key or population.fraction of site '{self.name}' is gone from "
-                f"{self.state}: a new split would let patients spend in both populations",
-                cure="restore both from the backup",
-            )
-        if not share.exists():
-            write_durably(share, repr(wanted).encode(), once=True)
-        pinned = float(share.read_text())
+        if not path.exists():
+            self._not_lost(path)
+            return wanted
+        pinned = float(path.read_text())
         if wanted != pinned:
             raise Refusal(
                 "validation-fraction-fixed",
@@ -239,13 +338,26 @@ class Hospital:
                 f"'{study.name}' asks for {wanted:g}",
                 cure=f"set evaluation.validation_fraction = {pinned:g} in the study",
             )
+        return pinned
+
+    def _split_key(self, study: Study) -> bytes:
+        path = self.state / "population.key"
         if not path.exists():
+            self._not_lost(path)
             fresh = os.urandom(32)
-            if self.simulated:
+            if self.virtual:
                 text = f"fedward simulated population\0{study.seed}\0{self.name}"
                 fresh = hashlib.sha256(text.encode()).digest()
             write_durably(path, fresh, once=True)
         return path.read_bytes()
+
+    def _not_lost(self, path: Path) -> None:
+        if self.ledger.book.events():
+            raise PrivacyError(
+                f"{path.name} of site '{self.name}' is gone from {self.state}: a new split would "
+                "let patients spend in both populations",
+                cure="restore population.key and population.fraction from the backup",
+            )
 
     def _encoded(self, progress: EncodeProgress) -> None:
         # In percent: the relay, too, may ask for the status, and how many inputs a real hospital

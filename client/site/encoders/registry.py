@@ -49,6 +49,11 @@ def describe(study: Study) -> Mapping[str, str]:
     return {name: build_encoder(source).description for name, source in study.sources.items()}
 
 
+def fingerprints(study: Study) -> dict[str, str]:
+    """SHA-256 of each source's encoder: weights, settings and code; "" for precomputed vectors."""
+    return {name: build_encoder(source).fingerprint for name, source in study.sources.items()}
+
+
 @lru_cache(maxsize=32)
 def _build(
     modality: str, encoder: str, revision: str | None, series: tuple[str, ...], dim: int | None

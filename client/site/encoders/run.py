@@ -96,10 +96,10 @@ def encode_site(
         labels=labels,
         record_ids=shard.records["record_id"].to_list(),
     )
-    validates = _validates(shard.records, population_key, study.evaluation.validation_fraction)
+    apart = validates(shard.records, population_key, study.evaluation.validation_fraction)
     return Populations(
-        train=whole.subset(np.flatnonzero(~validates)),
-        validation=whole.subset(np.flatnonzero(validates)),
+        train=whole.subset(np.flatnonzero(~apart)),
+        validation=whole.subset(np.flatnonzero(apart)),
         remarks=tuple(remarks),
     )
 
@@ -133,8 +133,8 @@ def _rows_of_patient(records: pl.DataFrame) -> list[NDArray[np.int64]]:
     return [row.to_numpy() for row in rows]
 
 
-def _validates(records: pl.DataFrame, key: bytes, fraction: float) -> NDArray[np.bool_]:
-    """Whether each patient validates, patients in the order of their first record."""
+def validates(records: pl.DataFrame, key: bytes, fraction: float) -> NDArray[np.bool_]:
+    """Whether each patient `[P]` validates, patients in the order of their first record."""
     patients = records.unique("patient_id", keep="first", maintain_order=True)
     if "population" in records.columns:
         return (patients["population"] == "validation").to_numpy()

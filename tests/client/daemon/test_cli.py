@@ -21,9 +21,9 @@ def run(*arguments: object) -> str:
     return result.output
 
 
-def test_metrics_ledger_key_and_status(ward_module: Any, tmp_path: Path) -> None:
-    study = ward_module.make_study()
-    world = ward_module.Ward(tmp_path)
+def test_metrics_ledger_key_and_status(ward: Any, tmp_path: Path) -> None:
+    study = ward.make_study()
+    world = ward.Ward(tmp_path)
     state = tmp_path / "sites" / "a"
     with pytest.raises(FedwardError, match="no exact metrics"):
         run("metrics", state)
@@ -36,10 +36,10 @@ def test_metrics_ledger_key_and_status(ward_module: Any, tmp_path: Path) -> None
     assert "must stay in this hospital" in shown
     assert run("key", state).strip() == world.hospitals["a"].identity.public
     shown = run("ledger", state, "--delta", 1e-3)
-    epsilon = world.hospitals["a"].ledger.epsilon(1e-3)
+    epsilon = world.hospitals["a"].ledger.book.epsilon(1e-3)
     assert f"{epsilon['train']:.3f}" in shown
     assert "chain whole" in shown
-    assert world.hospitals["a"].ledger.head in shown
+    assert world.hospitals["a"].ledger.book.head in shown
 
     with pytest.raises(FedwardError, match="no daemon answers"):
         run("status", world.config.socket)
@@ -50,6 +50,6 @@ def test_metrics_ledger_key_and_status(ward_module: Any, tmp_path: Path) -> None
         run("ledger", tmp_path)
 
 
-def test_a_key_can_be_made_before_the_first_start(ward_module: Any, tmp_path: Path) -> None:
+def test_a_key_can_be_made_before_the_first_start(ward: Any, tmp_path: Path) -> None:
     public = run("key", tmp_path / "sites" / "a").strip()
-    assert ward_module.Ward(tmp_path).hospitals["a"].identity.public == public
+    assert ward.Ward(tmp_path).hospitals["a"].identity.public == public

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 
-from client.site.daemon.config import DaemonConfig, Policy, SiteConfig
+from client.site.daemon.config import DaemonConfig, SiteConfig
+from client.site.daemon.review import approve, review
 from client.site.daemon.service import Daemon
 from client.site.shard.shard import write_shard
 from common.identity import Identity, open_envelope
 from common.messages import Answer, Arrays, Envelope, Request
+from common.privacy.decisions import decide, statement
+from common.privacy.lifetime import Cap, Lifetime
+from common.privacy.policy import Policy
 from common.study import Study, resolve
 
 PATIENTS = 60
 SECRET = "Ada Lovelace"
+GENEROUS = Lifetime(train=Cap(epsilon=1000, delta=1e-3), validation=Cap(epsilon=1000, delta=1e-3))
 
 
 def make_shard(path: Path, hospital: str, seed: int = 0) -> None:
@@ -87,9 +93,11 @@ class Ward:
         for number, name in enumerate(sites):
             if not (folder / "shards" / name).exists():
                 make_shard(folder / "shards" / name, name, number)
+        self.approver = Identity.open(folder / "officer.key")
         rules = {
             "coordinators": (self.coordinator.public,),
-            "approved": ("*",) if simulated else (),
+            "approvers": {} if simulated else {"officer": self.approver.public},
+            "lifetime": None if simulated else GENEROUS,
             **policy,
         }
         self.config = DaemonConfig(
@@ -108,6 +116,14 @@ class Ward:
             ),
         )
         self.restart()
+
+    def approve(self, study: Study, site: str | None = None, *, runs: int = 1) -> None:
+        """The officer lets a study in, for a year."""
+        hospital = self.hospitals[site or self.names[0]]
+        expires = (datetime.now(UTC) + timedelta(days=365)).isoformat(timespec="milliseconds")
+        said = statement("approve", hospital.name, study.hash, runs=runs, expires=expires)
+        decision = decide(said, "officer", self.approver)
+        approve(hospital, review(hospital, study, runs), decision, expires)
 
     def restart(self) -> None:
         """The daemon's process ends and a new one begins, as far as its objects can tell."""

@@ -1,0 +1,225 @@
+"""The file of a ledger: one writer at a time, signed lines, durable before they count.
+
+One rule for an unfinished last line (power cut, full disk): whatever it stood for waits for the
+fsync, so an unfinished line can only be a charge that nothing followed. If it still reads as a
+whole line of the chain it is ended and counts as spent; if not, it is moved to `ledger.torn` beside
+the ledger and a `recovered` line records its length and SHA-256. A line that `ledger.head` says was
+whole once is damaged, not unfinished: nothing is moved, and the ledger cannot be opened.
+
+Beside the ledger lie `ledger.head`, the receipt of the last line written here, and
+`ledger.receipts`, those that others showed and that the ledger lacked. They are what makes a
+restored backup, or a ledger that was cut, show.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from common.errors import PrivacyError
+from common.identity import Identity
+from common.privacy.book import Book, LedgerError
+from common.privacy.lines import KeyRotated, Line, Recovered, body_of, signed
+from common.privacy.receipts import Receipt
+
+log = logging.getLogger(__name__)
+
+L = TypeVar("L", bound=Line)
+
+
+class Chain:
+    """A ledger file, shared safely between threads and processes.
+
+    Attributes:
+        path: The JSONL file, mode 0600.
+        book: All lines read so far, and what follows from them.
+        behind: A receipt whose line this ledger lacks; None is as it should be.
+    """
+
+    def __init__(self, path: Path, identity: Identity) -> None:
+        self.path, self.book = path, Book()
+        self.behind: Receipt | None = None
+        self._identity = identity
+        self._offset = 0
+        self._mutex = threading.Lock()
+
+    @contextmanager
+    def _locked(self) -> Iterator[int]:
+        """The open file under its exclusive lock, with everything in it read and checked."""
+        with self._mutex:
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                self._read(file)
+                yield file
+            finally:
+                os.close(file)  # releases the lock
+
+    def _append(self, file: int, kind: Callable[..., L], **fields: Any) -> L:
+        """Signs and writes a line; durable when this returns."""
+        line = kind(previous=self.book.head, at=self._time(), **fields)
+        body = body_of(line)
+        raw = signed(body, self._identity.sign(body))
+        self.book.check(raw)  # what an auditor would not accept is never written
+        _write_all(file, raw + b"\n")
+        os.fsync(file)
+        self._admit(line, raw)
+        return line
+
+    def _time(self) -> str:
+        """Now; but time never runs backwards in a ledger."""
+        return max(now(), self.book.last_at)
+
+    # -- reading ------------------------------------------------------------------------------
+
+    def _read(self, file: int) -> None:
+        size = os.fstat(file).st_size
+        if size < self._offset:
+            raise PrivacyError(
+                f"{self.path} became shorter while in use: charges are missing",
+                cure="restore it from the backup; never edit a ledger",
+            )
+        fresh = os.pread(file, size - self._offset, self._offset)
+        *whole, tail = fresh.split(b"\n")
+        for raw in whole:
+            try:
+                self.book.take(raw)
+            except LedgerError as error:
+                raise error.at(self.path) from None
+            self._offset += len(raw) + 1
+        if tail:
+            self._recover(file, tail)
+
+    def _recover(self, file: int, tail: bytes) -> None:
+        try:
+            line = self.book.check(tail)
+        except LedgerError:
+            number = len(self.book.lines) + 1
+            if any(receipt.lines >= number for receipt in self._kept_receipts()):
+                raise LedgerError(
+                    "line-damaged",
+                    number,
+                    "the last line was whole when it was written and is damaged now",
+                ).at(self.path) from None
+            self._set_aside(file, tail)
+        else:
+            log.warning("%s: the last line was whole but not ended; it counts as spent", self.path)
+            _write_all(file, b"\n")
+            os.fsync(file)
+            self._admit(line, tail)
+
+    def _set_aside(self, file: int, tail: bytes) -> None:
+        aside = self.path.with_name("ledger.torn")
+        with aside.open("ab") as torn:
+            os.fchmod(torn.fileno(), 0o600)
+            torn.write(tail + b"\n")
+            torn.flush()
+            os.fsync(torn.fileno())
+        sync_folder(self.path.parent)
+        os.ftruncate(file, self._offset)
+        log.warning(
+            "%s: an unfinished last line of %d bytes, which no release followed, was moved to %s",
+            self.path,
+            len(tail),
+            aside,
+        )
+        if self.book.public_key == self._identity.public:
+            self._append(
+                file,
+                Recovered,
+                torn_bytes=len(tail),
+                torn_sha256=hashlib.sha256(tail).hexdigest(),
+            )
+
+    def _admit(self, line: Line, raw: bytes) -> None:
+        self.book.admit(line, raw)
+        self._offset += len(raw) + 1
+        if not isinstance(line, KeyRotated):  # its receipt is the new key's to sign
+            self._keep_head()
+
+    # -- receipts -----------------------------------------------------------------------------
+
+    @property
+    def _receipts(self) -> Path:
+        return self.path.with_name("ledger.receipts")
+
+    @property
+    def _head(self) -> Path:
+        return self.path.with_name("ledger.head")
+
+    def _receipt(self) -> Receipt:
+        return Receipt(
+            site=self.book.site,
+            public_key=self._identity.public,
+            lines=len(self.book.lines),
+            head=self.book.head,
+            approvals=self.book.approvals,
+        ).sealed(self._identity)
+
+    def _keep_head(self) -> None:
+        partial = self._head.with_name(".ledger.head.partial")
+        partial.write_text(self._receipt().model_dump_json())
+        partial.chmod(0o600)
+        os.replace(partial, self._head)
+
+    def _kept_receipts(self) -> list[Receipt]:
+        found = []
+        for path in (self._head, self._receipts):
+            texts = path.read_text().splitlines() if path.exists() else []
+            for text in texts:
+                try:
+                    receipt = Receipt.model_validate_json(text)
+                except ValidationError:
+                    log.warning("%s is damaged; it is passed over", path)
+                    continue
+                if receipt.genuine:
+                    found.append(receipt)
+        return found
+
+    def _keep_receipt(self, receipt: Receipt) -> None:
+        with self._receipts.open("a") as file:
+            file.write(receipt.model_dump_json() + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _hold(self, receipt: Receipt) -> None:
+        """Compares a receipt that this site once signed; the furthest that is lacking stands."""
+        if self.book.holds(receipt):
+            return
+        if self.behind is None or receipt.lines > self.behind.lines:
+            self.behind = receipt
+            log.error(
+                "%s lacks line %d, which a receipt names: nothing is released until it is restored "
+                "or reconciled",
+                self.path,
+                receipt.lines,
+            )
+
+
+def now() -> str:
+    """The time as lines state it: ISO 8601, UTC, milliseconds."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes a new file's name durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_all(file: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(file, data) :]

@@ -1,0 +1,92 @@
+"""Receipts: a ledger's head, signed by its site and kept by others.
+
+A chain of signed lines proves that it is a prefix of what was written, not that it is all of it.
+Whoever holds a receipt can tell a ledger that was cut, or replaced by an older copy: the receipt's
+line is not in it. The coordinator keeps the receipt of every answer, the printed report shows one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from common.errors import FedwardError
+from common.identity import Identity, verify
+from common.privacy.lines import Hash
+
+
+class Receipt(BaseModel):
+    """A signed head.
+
+    Attributes:
+        lines: Number of lines of the ledger, the head's included.
+        head: SHA-256 of the last of them.
+        approvals: Studies approved so far, so that a restored backup can be told how many it lost.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    site: str
+    public_key: Hash
+    lines: int = Field(ge=1)
+    head: Hash
+    approvals: int = Field(ge=0)
+    signature: Annotated[str, Field(pattern=r"^([0-9a-f]{128})?$")] = ""
+
+    def statement(self) -> bytes:
+        """What is signed."""
+        fields = self.model_dump(mode="json", exclude={"signature"})
+        return (
+            b"fedward receipt\0"
+            + json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
+        )
+
+    def sealed(self, identity: Identity) -> Receipt:
+        """The receipt with its signature."""
+        return self.model_copy(update={"signature": identity.sign(self.statement()).hex()})
+
+    @property
+    def genuine(self) -> bool:
+        """Whether `public_key` signed it. Whose key that is, the reader must know."""
+        return verify(self.public_key, self.statement(), bytes.fromhex(self.signature))
+
+
+def read_receipts(paths: Iterable[Path]) -> list[Receipt]:
+    """Receipts in files: one JSON object or list per file, one per line, or a run's `report.json`,
+    whose sites carry them.
+
+    Raises:
+        FedwardError: Naming the file that holds no receipt.
+    """
+    found: list[Receipt] = []
+    for path in paths:
+        try:
+            text = path.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            why = getattr(error, "strerror", None) or "not text"
+            raise FedwardError(f"cannot read the receipt {path} ({why})") from None
+        try:
+            some = _objects(text)
+            found += [Receipt.model_validate(item) for item in some]
+        except (ValidationError, ValueError):
+            some = []
+        if not some:
+            raise FedwardError(
+                f"{path} holds no receipt",
+                cure="give a file of `fedward site receipt`, or a run's report.json",
+            )
+    return found
+
+
+def _objects(text: str) -> list[object]:
+    try:
+        whole = json.loads(text)
+    except ValueError:
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    if isinstance(whole, dict) and isinstance(whole.get("sites"), list):
+        return [site["receipt"] for site in whole["sites"] if site.get("receipt")]
+    return whole if isinstance(whole, list) else [whole]
