@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint check benchmarks results clean help
+.PHONY: install demo test lint check kill-test benchmarks results clean help
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 16
@@ -29,11 +29,15 @@ lint: install  ## ruff and mypy
 test: install lint  ## everything that must pass
 	@$(BIN)/python -m pytest
 
-benchmarks: install  ## step, round, encoders and import (about 30 minutes)
+kill-test: install  ## kill a daemon 200 times at random moments (about 5 minutes)
+	@FEDWARD_KILLS=200 $(BIN)/python -m pytest -s tests/privacy/test_kill.py
+
+benchmarks: install  ## step, round, encoders, import and ledger (about 30 minutes)
 	@$(BIN)/python -m simulations.benchmarks.dp_step
 	@$(BIN)/python -m simulations.benchmarks.overhead
 	@$(BIN)/python -m simulations.benchmarks.encoders
 	@$(BIN)/python -m simulations.benchmarks.importing
+	@$(BIN)/python -m simulations.benchmarks.ledger
 
 clean:  ## remove what running leaves in the checkout
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -74,10 +75,15 @@ class Identity:
 def verify(public: str, data: bytes, signature: bytes) -> bool:
     """Whether `signature` over `data` was made with the key whose public half is `public` (hex)."""
     try:
-        Ed25519PublicKey.from_public_bytes(bytes.fromhex(public)).verify(signature, data)
+        _public_key(public).verify(signature, data)
     except (InvalidSignature, ValueError):
         return False
     return True
+
+
+@lru_cache(maxsize=64)
+def _public_key(public: str) -> Ed25519PublicKey:
+    return Ed25519PublicKey.from_public_bytes(bytes.fromhex(public))
 
 
 def open_envelope(envelope: Envelope, kind: type[H], publics: list[str]) -> H:

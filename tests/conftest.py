@@ -45,7 +45,7 @@ def load(path: Path) -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def ward() -> ModuleType:
+def ward_module() -> ModuleType:
     """Small hospitals behind a guard."""
     import torch
 

@@ -148,7 +148,7 @@ class Book:
         self.software: Software | None = None
         self.refusals: Counter[str] = Counter()
         self.erased: set[str] = set()
-        self.reconciled: list[tuple[int, Reconciled]] = []
+        self.reconciled: list[Reconciled] = []
         self.anomalies: list[tuple[str, int, str]] = []
         self.last_at = ""
         self._refused_on: dict[str, set[tuple[str, str]]] = {}
@@ -240,7 +240,25 @@ class Book:
         """Whether the receipt's line is in the ledger, or among lost lines that were reconciled."""
         if receipt.lines <= len(self.heads) and self.heads[receipt.lines - 1] == receipt.head:
             return True
-        return any(at <= receipt.lines <= line.receipt_lines for at, line in self.reconciled)
+        return any(
+            line.receipt_epoch == receipt.epoch and receipt.lines <= line.receipt_lines
+            for line in self.reconciled
+        )
+
+    @property
+    def epoch(self) -> int:
+        """Above that of every receipt whose loss was reconciled."""
+        return max((line.receipt_epoch + 1 for line in self.reconciled), default=0)
+
+    def lost_approvals(self, receipt: Receipt) -> int:
+        """Approvals among the lines that a receipt names and this ledger lost, as far as they are
+        not accounted for."""
+        known = [
+            line.receipt_approvals
+            for line in self.reconciled
+            if line.receipt_epoch == receipt.epoch
+        ]
+        return receipt.approvals - max(known, default=self.approvals)
 
     # -- one more line ----------------------------------------------------------------------
 
@@ -278,7 +296,7 @@ class Book:
     def admit(self, line: Line, raw: bytes) -> None:
         """Takes a checked line in."""
         number = len(self.lines) + 1
-        self._fold(number, line)
+        self._fold(line)
         self.lines.append(line)
         self.heads.append(hash_of(raw))
         if line.at < self.last_at:
@@ -377,7 +395,7 @@ class Book:
         if line.request_digest in self._digests:
             raise LedgerError("request-charged-twice", number, "one request charged twice")
 
-    def _fold(self, number: int, line: Line) -> None:
+    def _fold(self, line: Line) -> None:
         if isinstance(line, Genesis):
             self.site, self.entropy, self.virtual = line.site, line.entropy, line.virtual
             self.keys = [line.public_key] if line.public_key else []
@@ -407,9 +425,9 @@ class Book:
         elif isinstance(line, PatientErased):
             self.erased.add(line.commitment)
         elif isinstance(line, Reconciled):
-            self._reconcile(number, line)
+            self._reconcile(line)
 
-    def _reconcile(self, number: int, line: Reconciled) -> None:
+    def _reconcile(self, line: Reconciled) -> None:
         for assumed in line.assumed:
             account = self.studies.setdefault(
                 assumed.study_hash, StudyAccount(assumed.study_hash, assumed.name, assumed.delta)
@@ -417,7 +435,7 @@ class Book:
             account.spent = account.spent + _total(assumed.reserved)
         for account in self.studies.values():
             account.closed = account.closed or "reconciled"
-        self.reconciled.append((number, line))
+        self.reconciled.append(line)
         self._spendings.clear()
 
     # -- reading a file ---------------------------------------------------------------------

@@ -164,6 +164,7 @@ class Chain:
             lines=len(self.book.lines),
             head=self.book.head,
             approvals=self.book.approvals,
+            epoch=self.book.epoch,
         ).sealed(self._identity)
 
     def _keep_head(self) -> None:
@@ -196,7 +197,10 @@ class Chain:
         """Compares a receipt that this site once signed; the furthest that is lacking stands."""
         if self.book.holds(receipt):
             return
-        if self.behind is None or receipt.lines > self.behind.lines:
+        if self.behind is None or (receipt.epoch, receipt.lines) > (
+            self.behind.epoch,
+            self.behind.lines,
+        ):
             self.behind = receipt
             log.error(
                 "%s lacks line %d, which a receipt names: nothing is released until it is restored "

@@ -326,7 +326,7 @@ class Ledger(Chain):
             if receipt is None:
                 raise PrivacyError("this ledger lacks no line that a receipt names")
             fresh = [study for study in studies if study.hash not in book.studies]
-            lost = receipt.approvals - book.approvals
+            lost = book.lost_approvals(receipt)
             if lost > len(fresh):
                 raise PrivacyError(
                     f"the lost lines hold {lost} approvals, {len(fresh)} of them are given",
@@ -336,8 +336,10 @@ class Ledger(Chain):
             line = self._append(
                 file,
                 Reconciled,
+                receipt_epoch=receipt.epoch,
                 receipt_lines=receipt.lines,
                 receipt_head=receipt.head,
+                receipt_approvals=receipt.approvals,
                 assumed=(
                     *(
                         _assumed(a.study_hash, a.name, a.delta, a.allowed - a.spent)

@@ -196,12 +196,19 @@ class Assumed(_Part):
 
 
 class Reconciled(_Line):
-    """Lines up to `receipt_lines` existed and are lost (a restored backup). Every study that was or
-    may have been approved then counts as spent to the end, and is closed."""
+    """Lines that a receipt names existed and are lost (a restored backup). Every study that was or
+    may have been approved then counts as spent to the end, and is closed.
+
+    Attributes:
+        receipt_epoch, receipt_lines, receipt_head, receipt_approvals: Of the receipt. It covers
+            every receipt of the same epoch with no more lines.
+    """
 
     line: Literal["reconciled"] = "reconciled"
-    receipt_lines: int
+    receipt_epoch: int = Field(ge=0)
+    receipt_lines: int = Field(ge=1)
     receipt_head: Hash
+    receipt_approvals: int = Field(ge=0)
     assumed: tuple[Assumed, ...]
 
 

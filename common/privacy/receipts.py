@@ -26,6 +26,7 @@ class Receipt(BaseModel):
         lines: Number of lines of the ledger, the head's included.
         head: SHA-256 of the last of them.
         approvals: Studies approved so far, so that a restored backup can be told how many it lost.
+        epoch: Rises with every loss that was reconciled: line numbers are used again after one.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -35,6 +36,7 @@ class Receipt(BaseModel):
     lines: int = Field(ge=1)
     head: Hash
     approvals: int = Field(ge=0)
+    epoch: int = Field(default=0, ge=0)
     signature: Annotated[str, Field(pattern=r"^([0-9a-f]{128})?$")] = ""
 
     def statement(self) -> bytes:

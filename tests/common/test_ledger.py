@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -13,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from common.errors import PrivacyError, Refusal
+from common.errors import FedwardError, PrivacyError, Refusal
 from common.identity import Identity
 from common.messages import Request
-from common.privacy.book import Book
+from common.privacy import ledger as ledger_module
+from common.privacy.book import Book, LedgerError
 from common.privacy.ledger import Ledger
-from common.privacy.lines import Released, body_of, hash_of, signed
+from common.privacy.lines import Released, body_of, hash_of, signed, split
 from common.study import Study, resolve
 
 
@@ -344,3 +348,125 @@ def test_ten_thousand_lines_open_in_two_seconds(path: Path) -> None:
     assert len(book.lines) == 10_002
     assert 0 < book.epsilon(1e-5)["train"] < math.inf
     assert time.process_time() - start < 4
+
+
+# -- schemas and keys -------------------------------------------------------------------------
+
+GOLDEN = Path(__file__).with_name("ledgers") / "schema1.jsonl"
+
+
+def test_a_ledger_of_schema_1_is_read_for_ever() -> None:
+    book = Book.read(GOLDEN)
+    assert book.head == "d7e90a8c07bd4bec9dbbd7fc9c75d7199c05d9ee5326eabe7d47e6c6d96a053b"
+    assert (book.site, book.public_key, book.approvals) == ("a", None, 2)
+    assert book.epsilon(1e-5)["train"] == pytest.approx(7.44149, abs=1e-4)
+    assert [line.line for line in book.lines].count("released") == 5
+
+
+def test_a_ledger_of_schema_1_goes_on_signed(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_bytes(GOLDEN.read_bytes())
+    ledger = opened(path)
+    assert ledger.book.lines[-1].line == "upgraded"
+    ledger.refuse(train(1), "budget-exhausted")
+    book = Book.read(path)
+    assert book.public_key == Identity.open(path.parent / "site.key").public
+    assert book.epsilon(1e-5) == Book.read(GOLDEN).epsilon(1e-5)
+    *lines, last = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines) + split(last[:-1])[0] + b"\n")  # the signature taken off
+    with pytest.raises(LedgerError) as found:
+        Book.read(path)
+    assert found.value.rule == "signature-missing"
+
+
+def test_a_rotated_key_signs_what_follows_and_nothing_else(path: Path) -> None:
+    ledger = approved(path)
+    ledger.charge(STUDY, "a", train(1))
+    before = ledger.receipt()
+    fresh = Identity.open(path.parent / "fresh.key")
+    other = opened(path)
+    ledger.rotate(fresh)
+    ledger.charge(STUDY, "a", train(2))
+    with pytest.raises(Refusal) as refusal:
+        other.charge(STUDY, "a", train(3))
+    assert refusal.value.code == "key-rotated", "a process that still holds the old key"
+    with pytest.raises(PrivacyError, match="but the site's key is"):
+        opened(path)
+    again = Ledger.open(path, "a", fresh)
+    again.compare(before)  # a receipt of the old key still counts
+    assert again.behind is None
+    assert Book.read(path).keys == [before.public_key, fresh.public]
+    assert again.receipt().public_key == fresh.public
+
+
+def test_receipts_given_are_recorded(path: Path) -> None:
+    ledger = approved(path)
+    receipt = ledger.give_receipt("Dr. Okafor, on paper")
+    assert receipt.genuine
+    line = Book.read(path).lines[-1]
+    assert (line.line, line.previous) == ("receipt", receipt.head)
+    assert Book.read(path).holds(receipt)
+
+
+def test_erasure_is_recorded_once(path: Path) -> None:
+    ledger = approved(path)
+    for _ in range(2):
+        ledger.erase("ab" * 32)
+    assert [line.line for line in ledger.book.lines].count("patient-erased") == 1
+
+
+def test_a_coordinator_cannot_fill_the_disk_with_refusals(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_module, "_REFUSALS_PER_DAY", 5)
+    ledger = approved(path)
+    for number in range(20):
+        ledger.refuse(train(number), "budget-exhausted")
+    assert [line.line for line in ledger.book.lines].count("refused") == 5
+
+
+# -- garbage ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A signed ledger, and room for changed copies beside it."""
+    path = tmp_path_factory.mktemp("written") / "ledger.jsonl"
+    ledger = approved(path)
+    ledger.charge(STUDY, "a", train(1))
+    ledger.refuse(train(9), "budget-exhausted")
+    return path
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_a_mutilated_ledger_is_a_clear_error_or_the_same_ledger(
+    written: Path, data: st.DataObject
+) -> None:
+    text = written.read_bytes()
+    at = data.draw(st.integers(0, len(text) - 1))
+    what = data.draw(st.sampled_from(["flip", "cut", "insert", "garbage"]))
+    if what == "flip":
+        flipped = text[at] ^ (1 << data.draw(st.integers(0, 7)))
+        changed = text[:at] + bytes([flipped]) + text[at + 1 :]
+    elif what == "cut":
+        changed = text[:at]
+    elif what == "insert":
+        changed = text[:at] + data.draw(st.binary(min_size=1, max_size=40)) + text[at:]
+    else:
+        changed = data.draw(st.binary(max_size=300))
+    path = written.with_name("changed.jsonl")
+    path.write_bytes(changed)
+    with contextlib.suppress(FedwardError):
+        book = Book.read(path)
+        assert text.startswith(changed), "a prefix is valid: only a receipt shows that it is one"
+        assert book.lines
+
+
+@settings(max_examples=100, deadline=None)
+@given(raw=st.one_of(st.binary(max_size=200), st.text(max_size=200).map(str.encode)))
+def test_no_line_of_garbage_gets_in(raw: bytes) -> None:
+    book = Book()
+    with pytest.raises(LedgerError):
+        book.take(raw)
+    assert book.lines == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -163,3 +164,8 @@ def brute_force() -> Callable[..., list[Tensor]]:
         return gradients
 
     return compute
+
+
+@pytest.fixture(scope="session")
+def ward(ward_module: ModuleType) -> ModuleType:
+    return ward_module

@@ -19,6 +19,7 @@ from common.privacy.events import (
 from common.privacy.pricing import (
     calibrate_gaussian,
     calibrate_noise_multiplier,
+    cross_check,
     epsilon,
     epsilon_by_population,
     epsilon_rdp,
@@ -151,3 +152,33 @@ def test_unreadable_event_is_refused_not_guessed(line):
 def test_events_are_frozen():
     with pytest.raises(ValidationError):
         steps().steps = 5  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        [steps(1.0, 1000)],
+        [steps(0.8, 300, 0.01), steps(3.0, 200, 0.2)],
+        [NoisyCount(population="train", noise_multiplier=3.0, count=2)],
+        [steps(5.0, 50, 0.5), NoisyCount(population="train", noise_multiplier=10.0)],
+    ],
+)
+def test_an_independent_accountant_agrees_within_the_stated_tolerance(events):
+    """PRV bounds the true value from both sides and shares no code with PLD."""
+    check = cross_check(events, DELTA)
+    assert check.agree
+    assert check.prv_upper - check.prv_lower <= 0.03
+    assert check.pld <= check.rdp
+
+
+def test_a_price_that_under_reports_does_not_pass_the_cross_check():
+    check = cross_check([steps(1.0, 1000)], DELTA)
+    gaussian_dp = 6.092  # what the central limit approximation says of these steps
+    assert not check._replace(pld=gaussian_dp).agree
+    assert not check._replace(pld=check.pld * 1.01).agree
+    assert not check._replace(rdp=check.pld * 0.9).agree
+
+
+def test_nothing_and_everything_cross_check():
+    assert cross_check([], DELTA).agree
+    assert cross_check([Unprotected(population="train")], DELTA).agree

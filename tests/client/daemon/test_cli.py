@@ -21,9 +21,9 @@ def run(*arguments: object) -> str:
     return result.output
 
 
-def test_metrics_ledger_key_and_status(ward: Any, tmp_path: Path) -> None:
-    study = ward.make_study()
-    world = ward.Ward(tmp_path)
+def test_metrics_ledger_key_and_status(ward_module: Any, tmp_path: Path) -> None:
+    study = ward_module.make_study()
+    world = ward_module.Ward(tmp_path)
     state = tmp_path / "sites" / "a"
     with pytest.raises(FedwardError, match="no exact metrics"):
         run("metrics", state)
@@ -50,6 +50,6 @@ def test_metrics_ledger_key_and_status(ward: Any, tmp_path: Path) -> None:
         run("ledger", tmp_path)
 
 
-def test_a_key_can_be_made_before_the_first_start(ward: Any, tmp_path: Path) -> None:
+def test_a_key_can_be_made_before_the_first_start(ward_module: Any, tmp_path: Path) -> None:
     public = run("key", tmp_path / "sites" / "a").strip()
-    assert ward.Ward(tmp_path).hospitals["a"].identity.public == public
+    assert ward_module.Ward(tmp_path).hospitals["a"].identity.public == public

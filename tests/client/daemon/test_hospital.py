@@ -17,15 +17,15 @@ from common.privacy.policy import SENTENCE
 
 
 @pytest.fixture
-def study(ward: Any) -> Any:
-    return ward.make_study()
+def study(ward_module: Any) -> Any:
+    return ward_module.make_study()
 
 
-def test_the_split_is_random_and_secret_and_lasts(ward: Any, tmp_path: Path) -> None:
-    study, other_seed = ward.make_study(), ward.make_study(seed=5)
+def test_the_split_is_random_and_secret_and_lasts(ward_module: Any, tmp_path: Path) -> None:
+    study, other_seed = ward_module.make_study(), ward_module.make_study(seed=5)
     keys: dict[str, bytes] = {}
     for name, simulated in (("real", False), ("real2", False), ("sim", True), ("sim2", True)):
-        world = ward.Ward(tmp_path / name, simulated=simulated)
+        world = ward_module.Ward(tmp_path / name, simulated=simulated)
         if not simulated:
             world.approve(study)
             world.approve(other_seed)
@@ -41,15 +41,15 @@ def test_the_split_is_random_and_secret_and_lasts(ward: Any, tmp_path: Path) -> 
     assert keys["real"] != keys["real2"]
     assert keys["sim"] == keys["sim2"]
     assert len(set(keys.values())) == 3
-    third = ward.Ward(tmp_path / "sim3", simulated=True)
+    third = ward_module.Ward(tmp_path / "sim3", simulated=True)
     third.prepared(other_seed)
     assert (tmp_path / "sim3/sites/a/population.key").read_bytes() != keys["sim"]
 
 
 def test_another_validation_fraction_would_move_patients_and_is_refused(
-    ward: Any, tmp_path: Path, study: Any
+    ward_module: Any, tmp_path: Path, study: Any
 ) -> None:
-    world = ward.Ward(tmp_path)
+    world = ward_module.Ward(tmp_path)
     world.prepared(study)
     other = study.model_copy(
         update={"evaluation": study.evaluation.model_copy(update={"validation_fraction": 0.45})}
@@ -59,23 +59,23 @@ def test_another_validation_fraction_would_move_patients_and_is_refused(
     assert answer.refusal == "validation-fraction-fixed"
 
 
-def test_populations_are_disjoint(ward: Any, tmp_path: Path, study: Any) -> None:
-    world = ward.Ward(tmp_path)
+def test_populations_are_disjoint(ward_module: Any, tmp_path: Path, study: Any) -> None:
+    world = ward_module.Ward(tmp_path)
     world.prepared(study)
     populations = world.hospitals["a"].prepared(study.hash).populations
     train, validation = populations.train.record_ids, populations.validation.record_ids
-    assert len(train) + len(validation) == ward.PATIENTS
+    assert len(train) + len(validation) == ward_module.PATIENTS
     assert not set(train) & set(validation)
     assert 5 < len(validation) < 30
 
 
 def test_without_privacy_a_round_is_a_function_of_study_site_and_round(
-    ward: Any, tmp_path: Path
+    ward_module: Any, tmp_path: Path
 ) -> None:
-    study = ward.make_study(private=False, privacy={"sample_rate": 0.5})
+    study = ward_module.make_study(private=False, privacy={"sample_rate": 0.5})
     rounds = []
     for name in ("one", "two"):
-        world = ward.Ward(tmp_path / name, without_privacy=SENTENCE)
+        world = ward_module.Ward(tmp_path / name, without_privacy=SENTENCE)
         initial = world.prepared(study)
         first = world.ask(world.request("train", study, 1), initial)[1]
         if name == "two":  # a restart in between changes nothing
@@ -92,9 +92,9 @@ def test_without_privacy_a_round_is_a_function_of_study_site_and_round(
         assert any(not np.array_equal(first[n], initial[n]) for n in first)
 
 
-def test_hospitals_share_one_language_model(ward: Any, tmp_path: Path) -> None:
-    study = ward.make_study(("a", "b"))
-    world = ward.Ward(tmp_path, ("a", "b"))
+def test_hospitals_share_one_language_model(ward_module: Any, tmp_path: Path) -> None:
+    study = ward_module.make_study(("a", "b"))
+    world = ward_module.Ward(tmp_path, ("a", "b"))
     initial = {site: world.prepared(study, site) for site in ("a", "b")}
     a, b = (world.hospitals[site] for site in ("a", "b"))
     dims = a.prepared(study.hash).dims
@@ -110,8 +110,10 @@ def test_hospitals_share_one_language_model(ward: Any, tmp_path: Path) -> None:
         assert np.array_equal(array, initial["a"][name]), "training moves no initial adapter"
 
 
-def test_evaluation_is_noised_and_exact_values_stay(ward: Any, tmp_path: Path, study: Any) -> None:
-    world = ward.Ward(tmp_path)
+def test_evaluation_is_noised_and_exact_values_stay(
+    ward_module: Any, tmp_path: Path, study: Any
+) -> None:
+    world = ward_module.Ward(tmp_path)
     initial = world.prepared(study)
     answer, arrays = world.ask(world.request("evaluate", study, 1), initial)
     assert set(answer.body) == {"release", "epsilon", "rounds_charged", "receipt"}
@@ -130,8 +132,10 @@ def test_evaluation_is_noised_and_exact_values_stay(ward: Any, tmp_path: Path, s
             assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
 
 
-def test_adapters_that_do_not_fit_cost_nothing(ward: Any, tmp_path: Path, study: Any) -> None:
-    world = ward.Ward(tmp_path)
+def test_adapters_that_do_not_fit_cost_nothing(
+    ward_module: Any, tmp_path: Path, study: Any
+) -> None:
+    world = ward_module.Ward(tmp_path)
     initial = world.prepared(study)
     name = next(iter(initial))
     for broken in (
@@ -146,36 +150,36 @@ def test_adapters_that_do_not_fit_cost_nothing(ward: Any, tmp_path: Path, study:
     assert world.charges() == []
 
 
-def test_policy_speaks_before_anything_is_read(ward: Any, tmp_path: Path) -> None:
-    study = ward.make_study()
+def test_policy_speaks_before_anything_is_read(ward_module: Any, tmp_path: Path) -> None:
+    study = ward_module.make_study()
     for name, policy, site, code in (
         ("approval", {"simulated": False}, "a", "study-unapproved"),
         ("nobody", {"coordinators": ()}, "a", "signature-invalid"),
         ("elsewhere", {}, "b", "site-unknown"),
     ):
-        world = ward.Ward(tmp_path / name, **policy)
+        world = ward_module.Ward(tmp_path / name, **policy)
         answer, _ = world.ask(world.request("prepare", study, site=site))
         assert answer.refusal == code
         assert not (tmp_path / name / "sites" / "a" / "vault").exists()
-    world = ward.Ward(tmp_path / "by hash", simulated=False)
+    world = ward_module.Ward(tmp_path / "by hash", simulated=False)
     world.approve(study)
     world.prepared(study)
-    other, _ = world.ask(world.request("prepare", ward.make_study(seed=1)))
+    other, _ = world.ask(world.request("prepare", ward_module.make_study(seed=1)))
     assert other.refusal == "study-unapproved"
-    wrong = world.request("prepare", study, study_hash=ward.make_study(seed=1).hash)
+    wrong = world.request("prepare", study, study_hash=ward_module.make_study(seed=1).hash)
     assert world.ask(wrong)[0].refusal == "message-malformed"
     stale = world.request("prepare", study, code_hash="0" * 64)
     assert world.ask(stale)[0].refusal == "code-mismatch"
-    pinned = ward.make_study(
+    pinned = ward_module.make_study(
         federation={"sites": {"a": {"patients_declared": 30, "public_key": "0" * 64}}}
     )
-    world = ward.Ward(tmp_path / "pinned")
+    world = ward_module.Ward(tmp_path / "pinned")
     assert world.ask(world.request("prepare", pinned))[0].refusal == "site-unknown"
 
 
-def test_roster_names_sites_and_keys(ward: Any, tmp_path: Path) -> None:
-    world = ward.Ward(tmp_path, ("a", "b"))
-    study = ward.make_study(("a", "b"))
+def test_roster_names_sites_and_keys(ward_module: Any, tmp_path: Path) -> None:
+    world = ward_module.Ward(tmp_path, ("a", "b"))
+    study = ward_module.make_study(("a", "b"))
     answer, _ = world.ask(world.request("roster", study, site=""))
     assert [entry["name"] for entry in answer.body["sites"]] == ["a", "b"]
     assert answer.body["sites"][1]["public_key"] == world.hospitals["b"].identity.public
@@ -183,9 +187,9 @@ def test_roster_names_sites_and_keys(ward: Any, tmp_path: Path) -> None:
 
 
 def test_work_needs_preparing_again_after_a_restart(
-    ward: Any, tmp_path: Path, study: Any, monkeypatch: pytest.MonkeyPatch
+    ward_module: Any, tmp_path: Path, study: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world = ward.Ward(tmp_path)
+    world = ward_module.Ward(tmp_path)
     initial = world.prepared(study)
     world.restart()
     assert world.ask(world.request("train", study, 1), initial)[0].refusal == "not-prepared"
@@ -197,8 +201,8 @@ def test_work_needs_preparing_again_after_a_restart(
     assert states["epsilon"]["train"] > 0
 
 
-def test_a_lost_ledger_is_not_begun_anew(ward: Any, tmp_path: Path, study: Any) -> None:
-    world = ward.Ward(tmp_path)
+def test_a_lost_ledger_is_not_begun_anew(ward_module: Any, tmp_path: Path, study: Any) -> None:
+    world = ward_module.Ward(tmp_path)
     world.prepared(study)
     (tmp_path / "sites" / "a" / "ledger.jsonl").unlink()
     with pytest.raises(PrivacyError, match="is gone"):
@@ -206,9 +210,9 @@ def test_a_lost_ledger_is_not_begun_anew(ward: Any, tmp_path: Path, study: Any) 
 
 
 def test_a_broken_shard_is_one_code_outside_and_a_story_inside(
-    ward: Any, tmp_path: Path, study: Any
+    ward_module: Any, tmp_path: Path, study: Any
 ) -> None:
-    world = ward.Ward(tmp_path)
+    world = ward_module.Ward(tmp_path)
     (tmp_path / "shards" / "a" / "records.parquet").write_bytes(b"not parquet")
     answer, _ = world.ask(world.request("prepare", study))
     assert (answer.refusal, answer.body) == ("data-problem", {})
@@ -218,9 +222,9 @@ def test_a_broken_shard_is_one_code_outside_and_a_story_inside(
 
 
 def test_a_full_disk_releases_nothing(
-    ward: Any, tmp_path: Path, study: Any, monkeypatch: pytest.MonkeyPatch
+    ward_module: Any, tmp_path: Path, study: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world = ward.Ward(tmp_path)
+    world = ward_module.Ward(tmp_path)
     initial = world.prepared(study)
 
     def full(*_: Any) -> None:
@@ -236,19 +240,21 @@ def test_a_full_disk_releases_nothing(
     assert len(world.charges()) == 2
 
 
-def test_an_ending_daemon_charges_nothing_more(ward: Any, tmp_path: Path, study: Any) -> None:
-    world = ward.Ward(tmp_path)
+def test_an_ending_daemon_charges_nothing_more(
+    ward_module: Any, tmp_path: Path, study: Any
+) -> None:
+    world = ward_module.Ward(tmp_path)
     initial = world.prepared(study)
     world.hospitals["a"].stopping = True
     assert world.ask(world.request("train", study, 1), initial)[0].refusal == "internal"
     assert world.charges() == []
 
 
-def test_only_the_latest_answers_are_kept(ward: Any, tmp_path: Path) -> None:
-    study = ward.make_study(
+def test_only_the_latest_answers_are_kept(ward_module: Any, tmp_path: Path) -> None:
+    study = ward_module.make_study(
         private=False, training={"steps_per_round": 1}, federation={"rounds": 12}
     )
-    world = ward.Ward(tmp_path, without_privacy=SENTENCE)
+    world = ward_module.Ward(tmp_path, without_privacy=SENTENCE)
     arrays = world.prepared(study)
     requests = [world.request("train", study, number) for number in range(1, 13)]
     for request in requests:

@@ -31,14 +31,14 @@ def call(socket: Path, packed: bytes, method: str = CALL) -> bytes:
 
 
 @pytest.fixture
-def world(ward: Any, tmp_path: Path) -> Any:
-    world = ward.Ward(tmp_path)
+def world(ward_module: Any, tmp_path: Path) -> Any:
+    world = ward_module.Ward(tmp_path)
     world.daemon._lock.release()  # the tests start daemons of their own
     return world
 
 
-def test_a_round_over_the_socket(ward: Any, world: Any) -> None:
-    study = ward.make_study()
+def test_a_round_over_the_socket(ward_module: Any, world: Any) -> None:
+    study = ward_module.make_study()
     socket = world.config.socket
     with Daemon(world.config):
         assert stat.S_IMODE(socket.stat().st_mode) == 0o600
@@ -65,9 +65,9 @@ def test_a_round_over_the_socket(ward: Any, world: Any) -> None:
     assert not Path(f"{socket}.ready").exists()
 
 
-def test_the_same_request_twice_at_once_is_charged_once(ward: Any, tmp_path: Path) -> None:
-    study = ward.make_study(("a", "b"))
-    world = ward.Ward(tmp_path, ("a", "b"))
+def test_the_same_request_twice_at_once_is_charged_once(ward_module: Any, tmp_path: Path) -> None:
+    study = ward_module.make_study(("a", "b"))
+    world = ward_module.Ward(tmp_path, ("a", "b"))
     initial = {site: world.prepared(study, site) for site in "ab"}
     requests = {site: world.request("train", study, 1, site=site) for site in "ab"}
     with ThreadPoolExecutor(8) as pool:
@@ -100,9 +100,9 @@ def test_it_ends_when_idle(world: Any) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_in_the_middle_of_a_round(
-    ward: Any, world: Any, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+    ward_module: Any, world: Any, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    study = ward.make_study()
+    study = ward_module.make_study()
     training = threading.Event()
 
     def endless(self: Any) -> Any:
@@ -135,7 +135,7 @@ def test_a_signal_ends_it_in_the_middle_of_a_round(
     assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
 
 
-def test_the_command_runs_a_daemon_and_ends_on_sigterm(ward: Any, world: Any) -> None:
+def test_the_command_runs_a_daemon_and_ends_on_sigterm(ward_module: Any, world: Any) -> None:
     file = world.folder / "daemon.toml"
     file.write_text(world.config.to_toml())
     program = "from client.site.daemon.cli import app; app()"
@@ -149,7 +149,7 @@ def test_the_command_runs_a_daemon_and_ends_on_sigterm(ward: Any, world: Any) ->
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        study = ward.make_study()
+        study = ward_module.make_study()
         packed = world.coordinator.seal(world.request("prepare", study)).pack()
         assert b'"refusal":null' in call(world.config.socket, packed)
         with pytest.raises(SocketError, match=f"process {process.pid}"):

@@ -125,6 +125,13 @@ class Ward:
         decision = decide(said, "officer", self.approver)
         approve(hospital, review(hospital, study, runs), decision, expires)
 
+    def set_policy(self, rules: dict[str, Any]) -> None:
+        """All sites restart under another policy."""
+        policy = Policy.model_validate(rules)
+        sites = tuple(s.model_copy(update={"policy": policy}) for s in self.config.sites)
+        self.config = self.config.model_copy(update={"sites": sites})
+        self.restart()
+
     def restart(self) -> None:
         """The daemon's process ends and a new one begins, as far as its objects can tell."""
         if hasattr(self, "daemon"):

@@ -1,0 +1,63 @@
+"""What a coordinator keeps of the hospitals' ledgers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from common.errors import FedwardError
+from common.identity import Identity
+from common.privacy.receipts import Receipt, read_receipts
+from server.receipts import Receipts
+
+
+def make(key: Identity, lines: int, site: str = "a") -> Receipt:
+    return Receipt(
+        site=site, public_key=key.public, lines=lines, head=f"{lines:064x}", approvals=1
+    ).sealed(key)
+
+
+@pytest.fixture
+def key(tmp_path: Path) -> Identity:
+    return Identity.open(tmp_path / "site.key")
+
+
+def test_the_furthest_genuine_receipt_of_each_site_is_kept_over_runs(
+    tmp_path: Path, key: Identity
+) -> None:
+    path = tmp_path / "coordinator.receipts.json"
+    receipts = Receipts(path)
+    for lines in (3, 7, 5):
+        receipts.take("a", key.public, make(key, lines).model_dump(mode="json"))
+    receipts.take("b", key.public, make(key, 2, "b").model_dump(mode="json"))
+    again = Receipts(path)
+    latest = again.latest("a")
+    assert latest is not None
+    assert latest.lines == 7
+    assert [r["site"] for r in again.of(["a"])] == ["a"]
+    assert len(again.of(["a", "b", "c"])) == 2
+    assert again.latest("c") is None
+    assert {r.site for r in read_receipts([path])} == {"a", "b"}
+
+
+def test_a_receipt_that_is_not_the_sites_own_is_not_kept(tmp_path: Path, key: Identity) -> None:
+    other = Identity.open(tmp_path / "other.key")
+    receipts = Receipts()
+    for fields in (
+        make(other, 9).model_dump(mode="json"),
+        make(key, 9, "b").model_dump(mode="json"),
+        {**make(key, 9).model_dump(mode="json"), "lines": 10},
+        {"lines": 1},
+        None,
+        "x",
+    ):
+        receipts.take("a", key.public, fields)
+    assert receipts.latest("a") is None
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "coordinator.receipts.json"
+    path.write_text("[{}]")
+    with pytest.raises(FedwardError, match=r"coordinator\.receipts\.json holds no receipts"):
+        Receipts(path)
