@@ -18,12 +18,12 @@ from flwr.serverapp import Grid, ServerApp
 from common.errors import FedwardError
 from common.fingerprint import code_hash
 from common.identity import Identity
+from common.privacy.receipts import Receipts
 from common.study import Study, resolve
 from server import publish, report
 from server.curves import Curves
 from server.exchange import Exchange
 from server.federation import Federation
-from server.receipts import Receipts
 
 log = logging.getLogger("fedward")
 

@@ -23,8 +23,8 @@ from common.envelope import error_code, from_record, request_message
 from common.errors import FedwardError, Refusal
 from common.identity import Identity, open_envelope
 from common.messages import Answer, Arrays, Envelope, Kind, Request
+from common.privacy.receipts import Receipts
 from common.study import Study
-from server.receipts import Receipts
 
 log = logging.getLogger("fedward")
 

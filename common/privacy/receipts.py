@@ -8,15 +8,19 @@ line is not in it. The coordinator keeps the receipt of every answer, the printe
 from __future__ import annotations
 
 import json
+import logging
+import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common.errors import FedwardError
 from common.identity import Identity, verify
 from common.privacy.lines import Hash
+
+log = logging.getLogger("fedward")
 
 
 class Receipt(BaseModel):
@@ -55,6 +59,64 @@ class Receipt(BaseModel):
     def genuine(self) -> bool:
         """Whether `public_key` signed it. Whose key that is, the reader must know."""
         return verify(self.public_key, self.statement(), bytes.fromhex(self.signature))
+
+
+class Receipts:
+    """The furthest receipt of each site, by site and key: what a coordinator, or another hospital,
+    keeps of the ledgers that it heard of.
+
+    Args:
+        path: File that keeps them; None keeps them in memory.
+
+    Raises:
+        FedwardError: The file holds something else.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path = path
+        self._kept: dict[tuple[str, str], Receipt] = {}
+        if path is not None and path.exists():
+            try:
+                for fields in json.loads(path.read_text()):
+                    receipt = Receipt.model_validate(fields)
+                    self._kept[receipt.site, receipt.public_key] = receipt
+            except (ValidationError, ValueError, TypeError):
+                raise FedwardError(
+                    f"{path} holds no receipts", cure="restore it from the backup, or remove it"
+                ) from None
+
+    def take(self, site: str, public_key: str, fields: Any) -> None:
+        """Keeps a receipt if it is the site's, genuine, and further than the last."""
+        try:
+            receipt = Receipt.model_validate(fields)
+        except ValidationError:
+            return
+        if (receipt.site, receipt.public_key) != (site, public_key) or not receipt.genuine:
+            log.warning("a receipt that is said to be of site %s is not its own", site)
+            return
+        before = self._kept.get((site, public_key))
+        if before is not None and before.lines >= receipt.lines:
+            return
+        self._kept[site, public_key] = receipt
+        self._save()
+
+    def latest(self, site: str) -> Receipt | None:
+        """The furthest receipt of a site."""
+        found = [r for (name, _), r in self._kept.items() if name == site]
+        return max(found, key=lambda r: r.lines, default=None)
+
+    def of(self, sites: Iterable[str]) -> tuple[dict[str, Any], ...]:
+        """The receipts of these sites, as a request carries them."""
+        names = set(sites)
+        return tuple(r.model_dump(mode="json") for r in self._kept.values() if r.site in names)
+
+    def _save(self) -> None:
+        if self._path is None:
+            return
+        partial = self._path.with_name(f".{self._path.name}.partial")
+        kept = [receipt.model_dump(mode="json") for receipt in self._kept.values()]
+        partial.write_text(json.dumps(kept, indent=1))
+        os.replace(partial, self._path)
 
 
 def read_receipts(paths: Iterable[Path]) -> list[Receipt]:

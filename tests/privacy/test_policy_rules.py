@@ -170,9 +170,12 @@ def test_receipts_of_others_are_witnessed_and_foreign_ones_refused(
         world.hospitals[name].ledger.receipt().model_dump(mode="json") for name in ("a", "b")
     ]
     assert world.ask(world.request("prepare", study, receipts=receipts))[0].refusal is None
-    witnessed = (tmp_path / "sites" / "a" / "witness.jsonl").read_text()
+    witnessed = (tmp_path / "sites" / "a" / "witness.json").read_text()
     assert receipts[1]["head"] in witnessed
     assert receipts[0]["head"] not in witnessed
+    backwards = {**receipts[1], "lines": 1}
+    world.ask(world.request("prepare", study, receipts=(backwards,)))
+    assert (tmp_path / "sites" / "a" / "witness.json").read_text() == witnessed
     forged = {**receipts[0], "lines": 500}
     answer, _ = world.ask(world.request("prepare", study, receipts=(forged,)))
     assert answer.refusal == "receipt-foreign"

@@ -157,8 +157,8 @@ def enough_patients(policy: Policy, site: str, declared: int, patients: int) -> 
     return Demand(
         "patients-too-few",
         patients >= least,
-        f"at least {least} training patients are here ({declared} declared, {policy.min_patients} by "
-        "policy)",
+        f"at least {least} training patients are here ({declared} declared, "
+        f"{policy.min_patients} by policy)",
         f"{patients} training patients at site '{site}', {least} are needed ({declared} declared, "
         f"{policy.min_patients} by policy)",
         "declare fewer patients in the study, or leave the site out",

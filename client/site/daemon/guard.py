@@ -117,7 +117,7 @@ class Guard:
                 cure="install the same version of Fedward on both sides",
             )
         study = _study(request)
-        hospital.witness(_receipts(request))
+        hospital.witness(study, _receipts(request))
         hospital.demand(study)
         if not hospital.virtual:
             hospital.ledger.check_open(study)

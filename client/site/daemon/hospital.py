@@ -3,7 +3,7 @@
 State folder: `ledger.jsonl` (with `ledger.head`, `ledger.receipts` and `ledger.torn`, see
 `common.privacy.chain`), `site.key` (identity), `population.key` and `.fraction` (who trains, who
 validates), `erasure.key` (recognises erased patients), `vault/` (encrypted embeddings), `answers/`,
-`witness.jsonl` (receipts of other sites), `exact/` (metrics that stay here), `status.json`,
+`witness.json` (receipts of other sites), `exact/` (metrics that stay here), `status.json`,
 `daemon.log` (the full story of every refusal; it may name files and rows, and stays here).
 """
 
@@ -38,7 +38,7 @@ from common.fingerprint import code_hash
 from common.identity import Identity
 from common.messages import Arrays, Request
 from common.privacy.ledger import Ledger
-from common.privacy.receipts import Receipt
+from common.privacy.receipts import Receipt, Receipts
 from common.study import Study
 
 Phase = Literal["idle", "encoding", "ready", "training", "evaluating"]
@@ -117,6 +117,7 @@ class Hospital:
         )
         self.ledger.settle_software(version("fedward"), code_hash())
         self.ledger.settle_policy(self.policy)
+        self.witnessed = Receipts(self.state / "witness.json")
         self.answers = Answers(self.state / "answers")
         self.log = _log_file(self.name, self.state / "daemon.log")
         self.status = Status(site=self.name)
@@ -204,25 +205,22 @@ class Hospital:
             spent[population] = math.inf  # whatever the study: nothing takes it back
         return {name: e if math.isfinite(e) else None for name, e in spent.items()}
 
-    def witness(self, receipts: Sequence[Receipt]) -> None:
+    def witness(self, study: Study, receipts: Sequence[Receipt]) -> None:
         """Takes in receipts that the coordinator keeps: its own ledger's it must hold, those of
-        other sites it keeps for whoever audits them.
+        the study's other sites it keeps for whoever audits them.
 
         Raises:
             Refusal: `receipt-foreign`.
         """
-        others = []
         for receipt in receipts:
-            if receipt.site != self.name:
-                others.append(receipt)
-                continue
-            try:
-                self.ledger.compare(receipt)
-            except PrivacyError as error:
-                raise Refusal("receipt-foreign", str(error)) from None
-        if others:
-            text = "".join(f"{receipt.model_dump_json()}\n" for receipt in others)
-            write_durably(self.state / "witness.jsonl", text.encode())
+            if receipt.site == self.name:
+                try:
+                    self.ledger.compare(receipt)
+                except PrivacyError as error:
+                    raise Refusal("receipt-foreign", str(error)) from None
+            elif site := study.federation.sites.get(receipt.site):
+                key = site.public_key or receipt.public_key
+                self.witnessed.take(receipt.site, key, receipt.model_dump(mode="json"))
 
     # -- persons -------------------------------------------------------------------------------
 

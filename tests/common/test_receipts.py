@@ -1,4 +1,4 @@
-"""What a coordinator keeps of the hospitals' ledgers."""
+"""What a coordinator, or another hospital, keeps of the ledgers that it heard of."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import pytest
 
 from common.errors import FedwardError
 from common.identity import Identity
-from common.privacy.receipts import Receipt, read_receipts
-from server.receipts import Receipts
+from common.privacy.receipts import Receipt, Receipts, read_receipts
 
 
 def make(key: Identity, lines: int, site: str = "a") -> Receipt:
