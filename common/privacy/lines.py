@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import re
+from datetime import datetime, timedelta
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from common.errors import PrivacyError
 from common.privacy.events import ReleaseEvent
@@ -25,6 +26,17 @@ START = "0" * 64
 """`previous` of the first line."""
 
 _SIGNATURE = re.compile(rb',"signature":"([0-9a-f]{128})"\}$')
+
+
+def _time(text: str) -> str:
+    moment = datetime.fromisoformat(text)
+    if moment.utcoffset() != timedelta(0) or moment.isoformat(timespec="milliseconds") != text:
+        raise ValueError("a time is ISO 8601, in UTC, to the millisecond")
+    return text
+
+
+Time = Annotated[str, AfterValidator(_time)]
+"""As `2026-01-31T12:00:00.000+00:00`; as text, later times are greater."""
 
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Signature = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
@@ -36,7 +48,7 @@ class _Part(BaseModel):
 
 class _Line(_Part):
     previous: Hash
-    at: str
+    at: Time
 
 
 class Genesis(_Line):
@@ -121,7 +133,7 @@ class StudyApproved(_Line):
     runs: int = Field(ge=1)
     reserved: tuple[Reserve, ...]
     patients_declared: int | None = None
-    expires: str | None = None
+    expires: Time | None = None
     decision: Decision | None = None
 
 

@@ -9,7 +9,6 @@ import os
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from common.messages import Request
 from common.privacy import ledger as ledger_module
 from common.privacy.book import Book, LedgerError
 from common.privacy.ledger import Ledger
-from common.privacy.lines import Released, body_of, hash_of, signed, split
+from common.privacy.lines import body_of, signed, split
 from common.study import Study, resolve
 
 
@@ -322,34 +321,6 @@ def test_seeded_ledgers_are_marked_for_ever(path: Path, tmp_path: Path) -> None:
         opened(path, "b")
 
 
-def test_ten_thousand_lines_open_in_two_seconds(path: Path) -> None:
-    ledger = approved(path, make_study(rounds=100_000))
-    release = Released(
-        previous=ledger.book.head,
-        at=ledger.book.last_at,
-        study_hash=next(iter(ledger.book.studies)),
-        run="r",
-        round=1,
-        attempt=0,
-        request_digest="0" * 64,
-        event=make_study(rounds=100_000).round_event("a"),
-    )
-    key, rows = Identity.open(path.parent / "site.key"), []
-    for number in range(10_000):
-        changes = {"round": number, "request_digest": f"{number:064x}"}
-        body = body_of(release.model_copy(update=changes))
-        raw = signed(body, key.sign(body))
-        release = release.model_copy(update={"previous": hash_of(raw)})
-        rows.append(raw + b"\n")
-    with path.open("ab") as file:
-        file.writelines(rows)
-    start = time.process_time()  # not the wall's: the machine may be busy
-    book = Book.read(path)
-    assert len(book.lines) == 10_002
-    assert 0 < book.epsilon(1e-5)["train"] < math.inf
-    assert time.process_time() - start < 4
-
-
 # -- schemas and keys -------------------------------------------------------------------------
 
 GOLDEN = Path(__file__).with_name("ledgers") / "schema1.jsonl"
@@ -461,6 +432,16 @@ def test_a_mutilated_ledger_is_a_clear_error_or_the_same_ledger(
         book = Book.read(path)
         assert text.startswith(changed), "a prefix is valid: only a receipt shows that it is one"
         assert book.lines
+
+
+@pytest.mark.parametrize(
+    "at", ["", "yesterday", "2026-13-01T00:00:00.000+00:00", "2026-01-01", "2026-01-01T00:00:00Z"]
+)
+def test_a_time_that_is_none_is_named(path: Path, at: str) -> None:
+    ledger = approved(path)
+    body = body_of(ledger.book.lines[-1]).replace(ledger.book.last_at.encode(), at.encode())
+    with pytest.raises(LedgerError, match="at: "):
+        ledger.book.take(signed(body, b"0" * 64))
 
 
 @settings(max_examples=100, deadline=None)
