@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint check kill-test benchmarks results clean help
+.PHONY: install demo test lint check kill-test benchmarks results attack-power clean help
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 16
@@ -38,6 +38,9 @@ benchmarks: install  ## step, round, encoders, import and ledger (about 30 minut
 	@$(BIN)/python -m simulations.benchmarks.encoders
 	@$(BIN)/python -m simulations.benchmarks.importing
 	@$(BIN)/python -m simulations.benchmarks.ledger
+
+attack-power: install  ## how often the attack finds each planted bug (about 80 minutes)
+	@$(BIN)/python -m simulations.attack.power
 
 clean:  ## remove what running leaves in the checkout
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache

@@ -403,7 +403,11 @@ class Study(Part):
                 f"no study at {path}",
                 cure=f"give a TOML file or one of: {', '.join(sorted(ready))}",
             )
-        return cls.from_toml(path.read_text(), origin=str(path))
+        try:
+            text = path.read_text()
+        except UnicodeDecodeError:
+            raise StudyError(f"{path} is not a text file in UTF-8") from None
+        return cls.from_toml(text, origin=str(path))
 
     def to_toml(self) -> str:
         """The study as TOML; reading it back gives the same hash."""

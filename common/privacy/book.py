@@ -342,6 +342,27 @@ class Book:
             self._decided(number, line.decision, said)
         elif isinstance(line, Released):
             self._may_release(number, line)
+        elif isinstance(line, PolicyChanged):
+            self._may_change(number, line)
+
+    def _may_change(self, number: int, line: PolicyChanged) -> None:
+        """A filter holds at an order that was fixed before anything was spent under it."""
+        before = self.policy.lifetime if self.policy else None
+        if before is None or not self.studies:
+            return
+        if line.lifetime is None:
+            raise LedgerError("lifetime-rule-changed", number, "takes the lifetime caps away")
+        for population in POPULATIONS:
+            was, is_now = before.of(population), line.lifetime.of(population)
+            if (was.rule, was.order) != (is_now.rule, is_now.order):
+                raise LedgerError(
+                    "lifetime-rule-changed",
+                    number,
+                    f"changes rule or order of the {population} cap, which are fixed once a study "
+                    "was approved",
+                    cure=f'write rule = "{was.rule}" and order = {was.order} into '
+                    f"[lifetime.{population}]; epsilon and delta may change",
+                )
 
     def _may_approve(self, number: int, line: StudyApproved) -> None:
         if line.decision is not None:

@@ -50,6 +50,7 @@ class Chain:
         self.path, self.book = path, Book()
         self.behind: Receipt | None = None
         self._identity = identity
+        self._compared = False
         self._offset = 0
         self._mutex = threading.Lock()
 
@@ -99,6 +100,12 @@ class Chain:
             self._offset += len(raw) + 1
         if tail:
             self._recover(file, tail)
+        if not self._compared:
+            for receipt in self._kept_receipts():
+                self._hold(receipt)
+            self._compared = True
+            if self.book.lines:
+                self._keep_head()
 
     def _recover(self, file: int, tail: bytes) -> None:
         try:
@@ -168,6 +175,9 @@ class Chain:
         ).sealed(self._identity)
 
     def _keep_head(self) -> None:
+        """Not while lines are missing: the head that says so must outlive this process."""
+        if self.behind is not None or not self._compared:
+            return
         partial = self._head.with_name(".ledger.head.partial")
         partial.write_text(self._receipt().model_dump_json())
         partial.chmod(0o600)
@@ -197,10 +207,7 @@ class Chain:
         """Compares a receipt that this site once signed; the furthest that is lacking stands."""
         if self.book.holds(receipt):
             return
-        if self.behind is None or (receipt.epoch, receipt.lines) > (
-            self.behind.epoch,
-            self.behind.lines,
-        ):
+        if self.behind is None or receipt.place > self.behind.place:
             self.behind = receipt
             log.error(
                 "%s lacks line %d, which a receipt names: nothing is released until it is restored "

@@ -116,8 +116,6 @@ class Ledger(Chain):
                     f"{path} records releases under real randomness; seeded ones cannot join it",
                     cure="run simulations with seeded entropy on a state folder of their own",
                 )
-            for receipt in ledger._kept_receipts():
-                ledger._hold(receipt)
         return ledger
 
     # -- persons and policy -------------------------------------------------------------------
@@ -354,6 +352,7 @@ class Ledger(Chain):
             self.behind = None
             for kept in self._kept_receipts():
                 self._hold(kept)
+            self._keep_head()
             return line
 
     def refresh(self) -> None:

@@ -26,6 +26,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from common.privacy.events import Population, ReleaseEvent, Unprotected
 from common.privacy.pricing import epsilon, epsilon_at_order
 
+_ORDERS = 512
+
 
 class Cap(BaseModel):
     """A lifetime budget of one population.
@@ -42,14 +44,16 @@ class Cap(BaseModel):
     epsilon: float = Field(gt=0)
     delta: float = Field(default=1e-5, gt=0, lt=1)
     rule: Literal["rdp", "sum"] = "rdp"
-    order: int = Field(default_factory=lambda cap: _best_order(cap["epsilon"], cap["delta"]), ge=2)
+    order: int = Field(
+        default_factory=lambda cap: _best_order(cap["epsilon"], cap["delta"]), ge=2, le=_ORDERS
+    )
 
 
 def _best_order(epsilon: float, delta: float) -> int:
     """The order that minimises order·r + log(1/delta)/(order - 1) where the minimum is epsilon."""
     log_delta = math.log(1 / delta)
     root = math.sqrt(log_delta + epsilon) - math.sqrt(log_delta)
-    return max(2, round(1 + math.sqrt(log_delta) / root))
+    return min(_ORDERS, max(2, round(1 + math.sqrt(log_delta) / root)))
 
 
 class Lifetime(BaseModel):

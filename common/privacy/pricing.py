@@ -34,6 +34,10 @@ Accountant = Literal["pld", "rdp"]
 Events = Iterable[ReleaseEvent] | Mapping[ReleaseEvent, int]
 """Releases, in any order; a mapping says how often each was made."""
 
+LARGE = 500.0
+"""Epsilon above which PLD's grid would take minutes and gigabytes, and no figure means anything:
+Renyi DP's bound, which is never below, is the price there."""
+
 _LOSS_INTERVAL = 1e-3  # of the discretised PLD: 0.02 % above the price at 1e-4, 5-10 times faster
 _GRID = 1e-4  # noise multipliers are calibrated to, rounded up
 _LARGEST = 10**10  # grid points: a multiplier of a million
@@ -67,7 +71,14 @@ def epsilon(events: Events, delta: float, accountant: Accountant = "pld") -> flo
     mechanisms = _mechanisms(events)
     if mechanisms is None:
         return math.inf
-    return _price(mechanisms, delta, accountant) if mechanisms else 0.0
+    if not mechanisms:
+        return 0.0
+    try:
+        if accountant == "pld" and _is_large(mechanisms, delta):
+            accountant = "rdp"
+        return _price(mechanisms, delta, accountant)
+    except ArithmeticError:  # noise so small that nothing can be computed from it
+        return math.inf
 
 
 def epsilon_rdp(events: Events, delta: float) -> float:
@@ -98,10 +109,10 @@ def epsilon_at_order(events: Events, delta: float, order: int) -> float:
         return math.inf
     if not mechanisms:
         return 0.0
-    from dp_accounting.rdp import compute_epsilon
-
-    divergence = sum(count * _divergence(q, z, order) for q, z, count in mechanisms)
-    return float(compute_epsilon([order], [divergence], delta)[0])
+    try:
+        return _at_order(mechanisms, delta, order)
+    except ArithmeticError:
+        return math.inf
 
 
 class CrossCheck(NamedTuple):
@@ -110,7 +121,8 @@ class CrossCheck(NamedTuple):
     Attributes:
         pld: The price.
         rdp: By Renyi DP; never below the price.
-        prv_lower, prv_upper: Between them lies the true value, by PRV.
+        prv_lower, prv_upper: Between them lies the true value, by PRV; 0 and infinity where the
+            price is above `LARGE` and PRV was not asked.
     """
 
     pld: float
@@ -123,7 +135,7 @@ class CrossCheck(NamedTuple):
         """Whether the price lies in PRV's interval (±0.01, or ±0.2 % of a large epsilon, and 0.1 %
         for PLD's own rounding) and not above Renyi DP's."""
         if math.isinf(self.pld):
-            return math.isinf(self.rdp) and math.isinf(self.prv_upper)
+            return math.isinf(self.rdp)
         return (
             self.prv_lower <= self.pld <= self.prv_upper * (1 + _ROUNDING)
             and self.pld <= self.rdp * (1 + _ROUNDING) + _PRV_ERROR
@@ -139,8 +151,8 @@ def cross_check(events: Events, delta: float) -> CrossCheck:
     events = dict(_merged(events))
     pld, rdp = epsilon(events, delta), epsilon(events, delta, "rdp")
     mechanisms = _mechanisms(events)
-    if mechanisms is None:
-        return CrossCheck(pld, rdp, math.inf, math.inf)
+    if mechanisms is None or pld > LARGE:
+        return CrossCheck(pld, rdp, 0.0, math.inf)
     if not mechanisms:
         return CrossCheck(0.0, 0.0, 0.0, 0.0)
     return CrossCheck(pld, rdp, *_prv(mechanisms, delta, max(_PRV_ERROR, pld / 500)))
@@ -222,6 +234,17 @@ def _price(mechanisms: tuple[_Mechanism, ...], delta: float, accountant: Account
             one = dp_event.PoissonSampledDpEvent(sample_rate, one)
         ledger.compose(one, count)
     return max(0.0, float(ledger.get_epsilon(delta)))
+
+
+def _at_order(mechanisms: tuple[_Mechanism, ...], delta: float, order: int) -> float:
+    from dp_accounting.rdp import compute_epsilon
+
+    divergence = sum(count * _divergence(q, z, order) for q, z, count in mechanisms)
+    return float(compute_epsilon([order], [divergence], delta)[0])
+
+
+def _is_large(mechanisms: tuple[_Mechanism, ...], delta: float) -> bool:
+    return all(_at_order(mechanisms, delta, order) > LARGE for order in (2, 4, 16, 64))
 
 
 @lru_cache(maxsize=4096)

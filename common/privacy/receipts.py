@@ -56,6 +56,11 @@ class Receipt(BaseModel):
         return self.model_copy(update={"signature": identity.sign(self.statement()).hex()})
 
     @property
+    def place(self) -> tuple[int, int]:
+        """Epoch and line: what a later receipt has more of."""
+        return self.epoch, self.lines
+
+    @property
     def genuine(self) -> bool:
         """Whether `public_key` signed it. Whose key that is, the reader must know."""
         return verify(self.public_key, self.statement(), bytes.fromhex(self.signature))
@@ -95,7 +100,7 @@ class Receipts:
             log.warning("a receipt that is said to be of site %s is not its own", site)
             return
         before = self._kept.get((site, public_key))
-        if before is not None and before.lines >= receipt.lines:
+        if before is not None and before.place >= receipt.place:
             return
         self._kept[site, public_key] = receipt
         self._save()
@@ -103,7 +108,7 @@ class Receipts:
     def latest(self, site: str) -> Receipt | None:
         """The furthest receipt of a site."""
         found = [r for (name, _), r in self._kept.items() if name == site]
-        return max(found, key=lambda r: r.lines, default=None)
+        return max(found, key=lambda r: r.place, default=None)
 
     def of(self, sites: Iterable[str]) -> tuple[dict[str, Any], ...]:
         """The receipts of these sites, as a request carries them."""
@@ -136,7 +141,7 @@ def read_receipts(paths: Iterable[Path]) -> list[Receipt]:
         try:
             some = _objects(text)
             found += [Receipt.model_validate(item) for item in some]
-        except (ValidationError, ValueError):
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
             some = []
         if not some:
             raise FedwardError(

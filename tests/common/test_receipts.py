@@ -40,6 +40,16 @@ def test_the_furthest_genuine_receipt_of_each_site_is_kept_over_runs(
     assert {r.site for r in read_receipts([path])} == {"a", "b"}
 
 
+def test_after_a_reconciled_loss_the_later_epoch_is_the_further_one(key: Identity) -> None:
+    receipts = Receipts()
+    for epoch, lines in ((0, 50), (1, 20), (0, 60)):
+        receipt = make(key, lines).model_copy(update={"epoch": epoch}).sealed(key)
+        receipts.take("a", key.public, receipt.model_dump(mode="json"))
+    latest = receipts.latest("a")
+    assert latest is not None
+    assert latest.place == (1, 20)
+
+
 def test_a_receipt_that_is_not_the_sites_own_is_not_kept(tmp_path: Path, key: Identity) -> None:
     other = Identity.open(tmp_path / "other.key")
     receipts = Receipts()
@@ -60,3 +70,13 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     path.write_text("[{}]")
     with pytest.raises(FedwardError, match=r"coordinator\.receipts\.json holds no receipts"):
         Receipts(path)
+
+
+@pytest.mark.parametrize(
+    "text", ['{"sites": [1]}', "[" * 5000, "[1]", "null", "7", "", "{", "[[]]"]
+)
+def test_a_file_without_receipts_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "receipts.json"
+    path.write_text(text)
+    with pytest.raises(FedwardError, match=r"receipts\.json holds no receipt"):
+        read_receipts([path])

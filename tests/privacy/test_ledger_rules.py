@@ -209,11 +209,28 @@ def test_of_eight_concurrent_studies_with_budget_for_one_exactly_one_proceeds(
 def test_a_cap_that_is_lowered_stops_what_is_set_aside(site: Site) -> None:
     site.approve()
     site.charge(1)
-    lower = Cap(epsilon=0.5, delta=DELTA)
+    lower = Cap(epsilon=0.5, delta=DELTA, order=Cap(epsilon=20.0, delta=DELTA).order)
     site.ledger.settle_policy(
         site.policy.model_copy(update={"lifetime": Lifetime(train=lower, validation=lower)})
     )
     assert code_of(lambda: site.charge(2)) == "lifetime-exceeded"
+
+
+def test_rule_and_order_of_a_cap_are_fixed_once_a_study_was_approved(site: Site) -> None:
+    """A Renyi filter holds at one order, chosen before anything was spent under it."""
+    other = Cap(epsilon=30.0, delta=DELTA)
+    assert other.order != Cap(epsilon=20.0, delta=DELTA).order
+    changed = site.policy.model_copy(update={"lifetime": Lifetime(train=other, validation=other)})
+    site.ledger.settle_policy(changed)
+    site.approve()
+    with pytest.raises(LedgerError, match=f"order = {other.order} into"):
+        site.ledger.settle_policy(site.policy)
+    same = Cap(epsilon=40.0, delta=DELTA, order=other.order)
+    site.ledger.settle_policy(
+        site.policy.model_copy(update={"lifetime": Lifetime(train=same, validation=same)})
+    )
+    with pytest.raises(LedgerError, match="takes the lifetime caps away"):
+        site.ledger.settle_policy(site.policy.model_copy(update={"lifetime": None}))
 
 
 def test_a_process_with_another_policy_than_the_one_in_force_stops(site: Site) -> None:
@@ -340,9 +357,15 @@ def test_a_cut_ledger_is_refused_by_its_own_head_and_by_receipts(site: Site) -> 
     receipt = site.ledger.receipt()
     whole = site.path.read_bytes()
 
+    head = site.path.with_name("ledger.head").read_bytes()
     site.path.write_bytes(backup)
-    site.ledger = site.open()
-    assert code_of(lambda: site.charge(3)) == "ledger-behind"
+    for start in range(3):  # what is appended meanwhile must not make it forget
+        site.ledger = site.open()
+        site.ledger.settle_software(f"version {start}", "0" * 64)
+        refused = Request(kind="train", run="r", site="a", study_hash=STUDY.hash, round=start)
+        site.ledger.refuse(refused, "ledger-behind")
+        assert code_of(lambda: site.charge(3)) == "ledger-behind"
+    assert site.path.with_name("ledger.head").read_bytes() == head
 
     site.path.write_bytes(backup)
     site.path.with_name("ledger.head").unlink()  # a backup of the whole folder: older, but in order

@@ -52,7 +52,8 @@ def test_a_study_must_be_approved_and_unchanged(
         (
             {
                 "lifetime": Lifetime(
-                    train=Cap(epsilon=3.0, delta=1e-3), validation=Cap(epsilon=30.0, delta=1e-3)
+                    train=Cap(epsilon=3.0, delta=1e-3, order=2),
+                    validation=Cap(epsilon=30.0, delta=1e-3, order=2),
                 )
             },
             "lifetime-exceeded",

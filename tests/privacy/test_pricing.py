@@ -17,6 +17,7 @@ from common.privacy.events import (
     to_json,
 )
 from common.privacy.pricing import (
+    LARGE,
     calibrate_gaussian,
     calibrate_noise_multiplier,
     cross_check,
@@ -182,3 +183,13 @@ def test_a_price_that_under_reports_does_not_pass_the_cross_check():
 def test_nothing_and_everything_cross_check():
     assert cross_check([], DELTA).agree
     assert cross_check([Unprotected(population="train")], DELTA).agree
+
+
+@pytest.mark.parametrize("noise", [1e-300, 1e-6, 1e-3, 0.02])
+def test_a_noise_that_protects_nobody_is_priced_in_no_time(noise):
+    """PLD's grid would take gigabytes; Renyi DP bounds the price from above."""
+    event = NoisyCount(population="train", noise_multiplier=noise)
+    price = epsilon([event], DELTA)
+    assert price > LARGE
+    assert math.isinf(price) or price >= (1 / noise - 4.3) / (2 * noise)
+    assert cross_check([event], DELTA).agree

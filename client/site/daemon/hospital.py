@@ -29,13 +29,13 @@ from client.site.daemon.answers import Answers, write_durably
 from client.site.daemon.bench import Bench
 from client.site.daemon.config import SiteConfig
 from client.site.daemon.demands import Demand, demands, enough_patients, model_demands
+from client.site.daemon.state import LEDGER, open_identity
 from client.site.encoders.registry import describe, dimensions, fingerprints
 from client.site.encoders.run import EncodeProgress, Populations, encode_site, validates
 from client.site.encoders.vault import Vault
 from client.site.shard.shard import Shard
 from common.errors import PrivacyError, Refusal
 from common.fingerprint import code_hash
-from common.identity import Identity
 from common.messages import Arrays, Request
 from common.privacy.ledger import Ledger
 from common.privacy.receipts import Receipt, Receipts
@@ -103,18 +103,8 @@ class Hospital:
         self.virtual = simulated
         self._shard_path, self.bench = config.shard, bench
         self.state.mkdir(parents=True, exist_ok=True, mode=0o700)
-        signs_of_one = [self.state / name for name in ("population.key", "ledger.head")]
-        gone = not (self.state / "ledger.jsonl").exists()
-        if gone and any(path.exists() for path in signs_of_one):
-            raise PrivacyError(
-                f"the ledger of site '{self.name}' is gone from {self.state}: what was released "
-                "can no longer be counted",
-                cure="restore ledger.jsonl from the backup",
-            )
-        self.identity = Identity.open(self.state / "site.key")
-        self.ledger = Ledger.open(
-            self.state / "ledger.jsonl", self.name, self.identity, virtual=simulated
-        )
+        self.identity = open_identity(self.state, self.name)
+        self.ledger = Ledger.open(self.state / LEDGER, self.name, self.identity, virtual=simulated)
         self.ledger.settle_software(version("fedward"), code_hash())
         self.ledger.settle_policy(self.policy)
         self.witnessed = Receipts(self.state / "witness.json")

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from client.site.daemon.config import DaemonConfig, SiteConfig
+from client.site.daemon.state import LEDGER, open_identity
 from common.errors import FedwardError, PrivacyError
 from common.identity import Identity
 from common.privacy import decisions
@@ -191,7 +192,7 @@ def rotate_key(config: Config = Path("site.toml"), site: SiteName = None) -> Non
     try:
         _ledger(chosen).rotate(fresh)
     except PrivacyError:  # a rotation that was cut short has the new key in the ledger already
-        Ledger.open(chosen.state / "ledger.jsonl", chosen.name, fresh)
+        Ledger.open(chosen.state / LEDGER, chosen.name, fresh)
     os.replace(fresh_path, current)
     Console().print(f"the site's key is now {fresh.public}", highlight=False, soft_wrap=True)
 
@@ -216,12 +217,12 @@ def _site(config: Path, name: str | None) -> SiteConfig:
 
 
 def _ledger(site: SiteConfig) -> Ledger:
-    path = site.state / "ledger.jsonl"
+    path = site.state / LEDGER
     if not path.exists():
         raise FedwardError(
             f"no ledger in {site.state}", cure="start the daemon once: it begins one"
         )
-    ledger = Ledger.open(path, site.name, Identity.open(site.state / "site.key"))
+    ledger = Ledger.open(path, site.name, open_identity(site.state, site.name))
     ledger.settle_policy(site.policy)
     return ledger
 

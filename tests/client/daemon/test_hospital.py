@@ -204,9 +204,14 @@ def test_work_needs_preparing_again_after_a_restart(
 def test_a_lost_ledger_is_not_begun_anew(ward_module: Any, tmp_path: Path, study: Any) -> None:
     world = ward_module.Ward(tmp_path)
     world.prepared(study)
-    (tmp_path / "sites" / "a" / "ledger.jsonl").unlink()
-    with pytest.raises(PrivacyError, match="is gone"):
-        world.restart()
+    for name, what in (("site.key", "key of site"), ("ledger.jsonl", "ledger of site")):
+        path = tmp_path / "sites" / "a" / name
+        kept = path.read_bytes()
+        path.unlink()
+        with pytest.raises(PrivacyError, match=f"the {what} 'a' is gone"):
+            world.restart()
+        assert not path.exists(), "nothing is begun anew"
+        path.write_bytes(kept)
 
 
 def test_a_broken_shard_is_one_code_outside_and_a_story_inside(

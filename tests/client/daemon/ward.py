@@ -136,6 +136,7 @@ class Ward:
         """The daemon's process ends and a new one begins, as far as its objects can tell."""
         if hasattr(self, "daemon"):
             self.daemon._lock.release()
+            del self.daemon
         self.daemon = Daemon(self.config)
         self.guard, self.hospitals = self.daemon.guard, self.daemon.hospitals
 
