@@ -11,10 +11,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from common.errors import FedwardError, PrivacyError
 from common.identity import verify
 from common.privacy import decisions
+from common.privacy.decisions import Verdict
 from common.privacy.events import Population, ReleaseEvent, Unprotected
 from common.privacy.lifetime import Commitment, Spending, spending
 from common.privacy.lines import (
@@ -153,6 +155,7 @@ class Book:
         self.last_at = ""
         self._refused_on: dict[str, set[tuple[str, str]]] = {}
         self._digests: set[str] = set()
+        self._decisions: set[str] = set()
         self._spendings: dict[Population, Spending] = {}
 
     # -- state ------------------------------------------------------------------------------
@@ -161,6 +164,11 @@ class Book:
     def head(self) -> str:
         """SHA-256 of the last line."""
         return self.heads[-1] if self.heads else START
+
+    @property
+    def ledger_id(self) -> str:
+        """SHA-256 of the first line: which ledger this is."""
+        return self.heads[0] if self.heads else START
 
     @property
     def public_key(self) -> str | None:
@@ -336,10 +344,9 @@ class Book:
         if isinstance(line, StudyApproved):
             self._may_approve(number, line)
         elif isinstance(line, StudyRevoked):
-            said = decisions.statement("revoke", self.site, line.study_hash)
             if line.study_hash not in self.studies:
                 raise LedgerError("revocation-unfounded", number, "revokes what was not approved")
-            self._decided(number, line.decision, said)
+            self._decided(number, line.decision, "revoke", line.study_hash)
         elif isinstance(line, Released):
             self._may_release(number, line)
         elif isinstance(line, PolicyChanged):
@@ -366,10 +373,14 @@ class Book:
 
     def _may_approve(self, number: int, line: StudyApproved) -> None:
         if line.decision is not None:
-            said = decisions.statement(
-                "approve", self.site, line.study_hash, runs=line.runs, expires=line.expires
+            self._decided(
+                number,
+                line.decision,
+                "approve",
+                line.study_hash,
+                runs=line.runs,
+                expires=line.expires,
             )
-            self._decided(number, line.decision, said)
         elif self.keys and not self.virtual:
             raise LedgerError("approval-unsigned", number, "a study approved by nobody")
         account = self.studies.get(line.study_hash, StudyAccount("", "", line.delta))
@@ -386,10 +397,16 @@ class Book:
                     f"{after.epsilon:.3f} of {after.cap.epsilon:g}",
                 )
 
-    def _decided(self, number: int, decision: Decision, said: bytes) -> None:
-        if not decisions.stands(decision, said):
+    def _decided(
+        self, number: int, decision: Decision, verdict: Verdict, study_hash: str, **terms: Any
+    ) -> None:
+        if not decisions.stands(decision, verdict, self.ledger_id, study_hash, **terms):
             raise LedgerError(
                 "approval-forged", number, f"'{decision.approver}' did not sign this decision"
+            )
+        if decision.signature in self._decisions:
+            raise LedgerError(
+                "decision-replayed", number, f"'{decision.approver}' signed this decision only once"
             )
         known = self.policy.approvers if self.policy else {}
         if known.get(decision.approver) != decision.public_key:
@@ -430,9 +447,12 @@ class Book:
         elif isinstance(line, StudyApproved):
             account = StudyAccount(line.study_hash, line.name, line.delta)
             self.studies.setdefault(line.study_hash, account).reopen(line)
+            if line.decision:
+                self._decisions.add(line.decision.signature)
             self._spendings.clear()
         elif isinstance(line, StudyRevoked):
             self.studies[line.study_hash].closed = "revoked"
+            self._decisions.add(line.decision.signature)
             self._spendings.clear()
         elif isinstance(line, Released):
             account = self.studies[line.study_hash]

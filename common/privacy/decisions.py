@@ -1,13 +1,15 @@
 """Decisions of persons: letting a study in, or putting an end to it.
 
-The hospital's policy names who may decide, each with an Ed25519 public key. A person signs the
-statement of their decision; the ledger keeps the signature, so that an approval can be proven to be
-that person's, and the site's own key alone approves nothing.
+The hospital's policy names who may decide, each with an Ed25519 public key. A person signs their
+decision, and the ledger keeps the signature: an approval can be proven to be that person's, and the
+site's own key alone approves nothing. What is signed names the ledger (the SHA-256 of its first
+line) and the moment, so that it serves once, and in no other ledger.
 """
 
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from typing import Literal
 
 from common.identity import Identity, verify
@@ -16,29 +18,56 @@ from common.privacy.lines import Decision
 Verdict = Literal["approve", "revoke"]
 
 
-def statement(
-    verdict: Verdict, site: str, study_hash: str, *, runs: int = 0, expires: str | None = None
+def decide(
+    person: Identity,
+    approver: str,
+    verdict: Verdict,
+    ledger: str,
+    study_hash: str,
+    *,
+    runs: int = 0,
+    expires: str | None = None,
+    at: datetime | None = None,
+) -> Decision:
+    """Signs a decision.
+
+    Args:
+        approver: The person's name in the policy.
+        ledger: `Book.ledger_id`.
+        runs, expires: Of an approval; see `StudyApproved`.
+        at: When it was made; now by default.
+    """
+    moment = (at or datetime.now(UTC)).isoformat(timespec="milliseconds")
+    said = _statement(verdict, ledger, study_hash, moment, runs, expires)
+    return Decision(
+        approver=approver, public_key=person.public, at=moment, signature=person.sign(said).hex()
+    )
+
+
+def stands(
+    decision: Decision,
+    verdict: Verdict,
+    ledger: str,
+    study_hash: str,
+    *,
+    runs: int = 0,
+    expires: str | None = None,
+) -> bool:
+    """Whether the decision's key signed exactly this."""
+    said = _statement(verdict, ledger, study_hash, decision.at, runs, expires)
+    return verify(decision.public_key, said, bytes.fromhex(decision.signature))
+
+
+def _statement(
+    verdict: Verdict, ledger: str, study_hash: str, at: str, runs: int, expires: str | None
 ) -> bytes:
-    """What a person signs."""
     fields = {
         "verdict": verdict,
-        "site": site,
+        "ledger": ledger,
         "study": study_hash,
+        "at": at,
         "runs": runs,
         "expires": expires,
     }
-    return (
-        b"fedward decision\0" + json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
-    )
-
-
-def decide(said: bytes, approver: str, identity: Identity) -> Decision:
-    """Signs a statement."""
-    return Decision(
-        approver=approver, public_key=identity.public, signature=identity.sign(said).hex()
-    )
-
-
-def stands(decision: Decision, said: bytes) -> bool:
-    """Whether the decision's key signed exactly this statement."""
-    return verify(decision.public_key, said, bytes.fromhex(decision.signature))
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+    return b"fedward decision\0" + text.encode()

@@ -110,10 +110,11 @@ class Reserve(_Part):
 
 
 class Decision(_Part):
-    """What a person signed: see `common.privacy.decisions`."""
+    """What a person signed, and when: see `common.privacy.decisions`."""
 
     approver: str
     public_key: Hash
+    at: Time
     signature: Signature
 
 

@@ -18,11 +18,13 @@ import pytest
 from common.errors import PrivacyError, Refusal
 from common.identity import Identity
 from common.messages import Request
-from common.privacy import chain, decisions
+from common.privacy import chain
 from common.privacy.book import Book, LedgerError
+from common.privacy.decisions import decide
 from common.privacy.ledger import Ledger, planned
 from common.privacy.lifetime import Cap, Lifetime
 from common.privacy.lines import (
+    Decision,
     KeyRotated,
     Released,
     StudyApproved,
@@ -80,13 +82,17 @@ class Site:
 
     def approve(self, study: Study = STUDY, *, runs: int = 1, days: float = 30) -> None:
         expires = (datetime.now(UTC) + timedelta(days=days)).isoformat(timespec="milliseconds")
-        said = decisions.statement("approve", "a", study.hash, runs=runs, expires=expires)
-        decision = decisions.decide(said, "officer", self.officer)
+        decision = self.decide("approve", study, runs=runs, expires=expires)
         self.ledger.approve(study, runs=runs, expires=expires, decision=decision)
 
     def revoke(self, study: Study = STUDY) -> None:
-        said = decisions.statement("revoke", "a", study.hash)
-        self.ledger.revoke(study.hash, decisions.decide(said, "officer", self.officer))
+        self.ledger.revoke(study.hash, self.decide("revoke", study))
+
+    def decide(
+        self, verdict: Any, study: Study = STUDY, key: Identity | None = None, **terms: Any
+    ) -> Decision:
+        ledger = self.ledger.book.ledger_id
+        return decide(key or self.officer, "officer", verdict, ledger, study.hash, **terms)
 
     def charge(self, round_: int = 1, study: Study = STUDY, kind: Any = "train") -> Released:
         request = Request(kind=kind, run="run", site="a", study_hash=study.hash, round=round_)
@@ -120,11 +126,10 @@ def test_nothing_is_released_before_a_person_approved(site: Site) -> None:
     with pytest.raises(LedgerError, match="approved by nobody"):
         site.ledger.approve(STUDY)
     stranger = Identity.open(site.path.with_name("stranger.key"))
-    said = decisions.statement("approve", "a", STUDY.hash, runs=1)
-    decision = decisions.decide(said, "officer", stranger)
+    decision = site.decide("approve", key=stranger, runs=1)
     with pytest.raises(LedgerError, match="does not let 'officer' decide with this key"):
         site.ledger.approve(STUDY, decision=decision)
-    other = decisions.decide(said.replace(b'"runs":1', b'"runs":9'), "officer", site.officer)
+    other = site.decide("approve", runs=9)
     with pytest.raises(LedgerError, match="did not sign this decision"):
         site.ledger.approve(STUDY, decision=other)
     assert not Book.read(site.path).studies, "what is refused is not written"
@@ -145,6 +150,19 @@ def test_a_revoked_study_releases_nothing_more_and_frees_its_reserve(tmp_path: P
     assert 0 < before.epsilon < 4, "what was released stays spent"
     site.approve(another)
     assert code_of(lambda: site.revoke(make_study("unknown"))) == "study-unapproved"
+
+
+def test_a_decision_serves_once_and_in_no_other_ledger(site: Site, tmp_path: Path) -> None:
+    decision = site.decide("approve", runs=1)
+    site.ledger.approve(STUDY, decision=decision)
+    site.revoke()
+    with pytest.raises(LedgerError, match="signed this decision only once"):
+        site.ledger.approve(STUDY, decision=decision)
+    other = Site(tmp_path / "b")
+    other.policy = site.policy
+    other.ledger = other.open()
+    with pytest.raises(LedgerError, match="did not sign this decision"):
+        other.ledger.approve(STUDY, decision=site.decide("approve", runs=1))
 
 
 def test_an_expired_approval_releases_nothing_more(site: Site) -> None:
@@ -179,12 +197,11 @@ def test_of_eight_concurrent_studies_with_budget_for_one_exactly_one_proceeds(
     )
     workers = []
     for study in studies:
-        said = decisions.statement("approve", "a", study.hash, runs=1)
         given = {
             "study": study.canonical().decode(),
             "path": str(site.path),
             "key": str(site.path.with_name("site.key")),
-            "decision": decisions.decide(said, "officer", site.officer).model_dump(),
+            "decision": site.decide("approve", study, runs=1).model_dump(),
         }
         worker = subprocess.Popen(
             [sys.executable, "-c", program],
@@ -309,7 +326,7 @@ def test_releases_that_no_daemon_would_write_are_found_though_signed(site: Site)
             lambda s: s.forge(
                 StudyRevoked,
                 study_hash="0" * 64,
-                decision=decisions.decide(b"", "officer", s.officer),
+                decision=s.decide("revoke"),
             ),
         ),
         (

@@ -15,7 +15,7 @@ from client.site.daemon.config import DaemonConfig, SiteConfig
 from client.site.daemon.state import LEDGER, open_identity
 from common.errors import FedwardError, PrivacyError
 from common.identity import Identity
-from common.privacy import decisions
+from common.privacy.decisions import decide
 from common.privacy.ledger import Ledger
 from common.privacy.receipts import read_receipts
 from common.study import Study, resolve, unknown
@@ -99,10 +99,16 @@ def approve(
     if not yes and not typer.confirm(f"Approve until {until:%Y-%m-%d}?"):
         console.print("nothing was approved")
         raise typer.Exit(1)
-    said = decisions.statement(
-        "approve", hospital.name, reviewed.study.hash, runs=runs, expires=expires
+    decision = decide(
+        person,
+        name,
+        "approve",
+        hospital.ledger.book.ledger_id,
+        reviewed.study.hash,
+        runs=runs,
+        expires=expires,
     )
-    sign_in(hospital, reviewed, decisions.decide(said, name, person), expires)
+    sign_in(hospital, reviewed, decision, expires)
     console.print(
         f"approved by {name} until {until:%Y-%m-%d}; ledger head {hospital.ledger.book.head}",
         highlight=False,
@@ -120,10 +126,10 @@ def revoke(
     """Ends a study here. What it did not release of its reserve is free again."""
     chosen = _site(config, site)
     study_hash = study if _is_hash(study) else _resolved(study).hash
-    said = decisions.statement("revoke", chosen.name, study_hash)
     person = _person(chosen.policy.approvers, name, key)
     ledger = _ledger(chosen)
-    ledger.revoke(study_hash, decisions.decide(said, name, person))
+    decision = decide(person, name, "revoke", ledger.book.ledger_id, study_hash)
+    ledger.revoke(study_hash, decision)
     Console().print(f"revoked; ledger head {ledger.book.head}", highlight=False, soft_wrap=True)
 
 

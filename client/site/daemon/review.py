@@ -109,7 +109,7 @@ def approve(hospital: Hospital, reviewed: Review, decision: Decision, expires: s
     """Signs a person's decision into the ledger, and fixes the split of the patients.
 
     Args:
-        decision: On the statement of `common.privacy.decisions` for this study, runs and expiry.
+        decision: On this study, with the review's runs and this expiry.
         expires: ISO 8601, UTC.
 
     Raises:

@@ -17,7 +17,7 @@ from client.site.daemon.service import Daemon
 from client.site.shard.shard import write_shard
 from common.identity import Identity, open_envelope
 from common.messages import Answer, Arrays, Envelope, Request
-from common.privacy.decisions import decide, statement
+from common.privacy.decisions import decide
 from common.privacy.lifetime import Cap, Lifetime
 from common.privacy.policy import Policy
 from common.study import Study, resolve
@@ -121,8 +121,10 @@ class Ward:
         """The officer lets a study in, for a year."""
         hospital = self.hospitals[site or self.names[0]]
         expires = (datetime.now(UTC) + timedelta(days=365)).isoformat(timespec="milliseconds")
-        said = statement("approve", hospital.name, study.hash, runs=runs, expires=expires)
-        decision = decide(said, "officer", self.approver)
+        ledger = hospital.ledger.book.ledger_id
+        decision = decide(
+            self.approver, "officer", "approve", ledger, study.hash, runs=runs, expires=expires
+        )
         approve(hospital, review(hospital, study, runs), decision, expires)
 
     def set_policy(self, rules: dict[str, Any]) -> None:

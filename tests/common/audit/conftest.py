@@ -14,10 +14,11 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from common.identity import Identity
-from common.privacy import decisions
 from common.privacy.book import Book, reserves, rotation
+from common.privacy.decisions import decide
 from common.privacy.ledger import planned
 from common.privacy.lines import (
+    Decision,
     Genesis,
     KeyRotated,
     Line,
@@ -128,7 +129,7 @@ class Scribe:
         )
 
     def approve(self, study: Study, *, runs: int = 1, expires: str | None = None) -> None:
-        said = decisions.statement("approve", self.site, study.hash, runs=runs, expires=expires)
+        decision = self.decide("approve", study, runs=runs, expires=expires)
         self.write(
             StudyApproved,
             study_hash=study.hash,
@@ -138,15 +139,16 @@ class Scribe:
             reserved=reserves(planned(study, self.site, runs)),
             patients_declared=study.federation.sites[self.site].patients_declared,
             expires=expires,
-            decision=None
-            if self.book.virtual
-            else decisions.decide(said, "dr-weber", self.officer),
+            decision=None if self.book.virtual else decision,
         )
 
     def revoke(self, study: Study) -> None:
-        said = decisions.statement("revoke", self.site, study.hash)
-        decision = decisions.decide(said, "dr-weber", self.officer)
+        decision = self.decide("revoke", study)
         self.write(StudyRevoked, study_hash=study.hash, decision=decision)
+
+    def decide(self, verdict: Any, study: Study, **terms: Any) -> Decision:
+        ledger = self.book.ledger_id
+        return decide(self.officer, "dr-weber", verdict, ledger, study.hash, at=self.clock, **terms)
 
     def release(self, study: Study, *, evaluate: bool = False, rounds: int = 1) -> None:
         for _ in range(rounds):
