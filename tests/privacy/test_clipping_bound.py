@@ -70,6 +70,42 @@ def test_engine_equals_brute_force_in_float64(
     assert torch.allclose(got, wanted, rtol=1e-7, atol=1e-9 * float(wanted.norm()))
 
 
+class Shared(nn.Module):
+    """Every kind of layer, used more than once, over tokens and over pooled rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(10, 10)
+        self.norms = nn.ModuleList([nn.LayerNorm(10), nn.RMSNorm(10)])
+        self.table = nn.Embedding(4, 10)
+
+    def forward(self, inputs: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
+        x = inputs["note"]  # [R, 3, 10]
+        entries = present["note"].long()
+        x = x + self.table(entries) + self.table(entries.flip(1) * 3)
+        for norm in self.norms:
+            x = norm(self.linear(x)).tanh()
+        pooled = x.mean(1)  # [R, 10]: another number of tokens
+        for norm in self.norms:
+            pooled = norm(self.linear(pooled) + self.table(entries[:, 0])).tanh()
+        return pooled[:, :3]
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("bound", [0.05, 1e9], ids=["clipped", "unclipped"])
+def test_layers_that_run_several_times_are_one_gradient(
+    make_dataset, clipped_sum, brute_force, k, bound
+):
+    model, dataset = Shared().double(), make_dataset(dtype=torch.float64)
+    clipper, chosen = PatientClipper(model, bound, k), draw(dataset, k, 4, 7)
+    got = clipped_sum(clipper, model, dataset, chosen)
+    wanted = sum(g * min(1.0, bound / float(g.norm())) for g in brute_force(model, dataset, chosen))
+    assert torch.allclose(got, wanted, rtol=1e-7, atol=1e-9 * float(wanted.norm()))
+    for leaver in range(7):
+        rest = clipped_sum(clipper, model, dataset, chosen[:leaver] + chosen[leaver + 1 :])
+        assert (got - rest).norm() <= bound * (1 + SLACK)
+
+
 def test_engine_equals_opacus_hooks_for_one_record_per_patient(
     make_model, make_dataset, clipped_sum, row_loss
 ):

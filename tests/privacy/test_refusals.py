@@ -136,8 +136,10 @@ class Two(nn.Module):
         self.shift: torch.Tensor | None = None
 
 
-def twice(m, x, p, y):
-    return m.two(m.one(m.one(x["lab"]))).sum((1, 2))
+def unrecorded(m, x, p, y):
+    with torch.no_grad():
+        hidden = m.one(x["lab"])
+    return m.two(hidden).sum((1, 2))
 
 
 def never(m, x, p, y):
@@ -192,7 +194,7 @@ def one_number(m, x, p, y):
 
 
 AT_RUN_TIME = {
-    "twice": (twice, "one ran twice"),
+    "unrecorded": (unrecorded, "one ran without recording its gradient"),
     "never": (never, "two did not run"),
     "flattened": (flattened, "one saw 8 rows where the pass has 4"),
     "in-place output": (in_place_output, "one: its input or output was changed in place"),

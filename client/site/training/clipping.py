@@ -69,7 +69,7 @@ class PatientClipper:
         self.max_grad_norm = max_grad_norm
         self.rows_per_patient = rows_per_patient
         self.tokens_per_patient = 0
-        self._captures: dict[str, _Capture] = {}
+        self._captures: dict[str, list[_Capture]] = {}
         self._recording = False
         self._hooks = [
             layer.module.register_forward_hook(self._recorder(layer), with_kwargs=True)
@@ -115,7 +115,7 @@ class PatientClipper:
                 output gradient or norm, contribute exactly zero.
 
         Raises:
-            PrivacyError: A layer that ran not once, or over something else than the rows.
+            PrivacyError: A layer that did not run, or ran over something else than the rows.
         """
         patients = len(valid)
         flows = self.backward(loss, patients * self.rows_per_patient)
@@ -143,25 +143,29 @@ class PatientClipper:
         ) -> None:
             if not self._recording:
                 return
-            if layer.name in self._captures:
-                raise PrivacyError(
-                    f"{layer.name} ran twice in one pass: the norm of its gradient would be wrong",
-                    cure="give each use its own layer, and switch gradient checkpointing off",
-                )
             x = inputs[0] if inputs else named["input"]
-            self._captures[layer.name] = _Capture(x, output, (x._version, output._version))
+            seen = _Capture(x, output, (x._version, output._version))
+            self._captures.setdefault(layer.name, []).append(seen)
 
         return record
 
     def backward(self, loss: Tensor, rows: int) -> list[tuple[Tensor, Tensor]]:
-        """Input and output gradient of each layer, [rows, ..., d], by one backward pass."""
-        captures = [self._checked(layer, rows) for layer in self.layers]
-        gradients = torch.autograd.grad(loss, [c.y for c in captures], allow_unused=True)
+        """Input and output gradient of each layer, [rows, ..., d], by one backward pass. Uses of a
+        layer that ran several times stand beside each other, as more tokens of the row: its
+        gradient is the sum over all of them."""
+        uses = [self._checked(layer, rows) for layer in self.layers]
+        outputs = [capture.y for captures in uses for capture in captures]
+        gradients = iter(torch.autograd.grad(loss, outputs, allow_unused=True))
         self._captures.clear()
-        return [
-            (c.x.detach(), torch.zeros_like(c.y) if g is None else g)
-            for c, g in zip(captures, gradients, strict=True)
-        ]
+        flows = []
+        for layer, captures in zip(self.layers, uses, strict=True):
+            xs = [capture.x.detach() for capture in captures]
+            gs = [
+                torch.zeros_like(capture.y) if g is None else g
+                for capture, g in zip(captures, gradients, strict=False)
+            ]
+            flows.append((xs[0], gs[0]) if len(xs) == 1 else layer.beside(xs, gs))
+        return flows
 
     def clip_factors(self, flows: list[tuple[Tensor, Tensor]], valid: Tensor) -> Tensor:
         """[P] float64 factors c of the claim; 0 for patients that are not valid or not finite."""
@@ -175,22 +179,28 @@ class PatientClipper:
         factors = (self.max_grad_norm / divisor).clamp(max=1.0)
         return torch.where(valid & torch.isfinite(divisor), factors, 0.0)
 
-    def _checked(self, layer: CoveredLayer, rows: int) -> _Capture:
-        capture = self._captures.get(layer.name)
-        if capture is None:
+    def _checked(self, layer: CoveredLayer, rows: int) -> list[_Capture]:
+        captures = self._captures.get(layer.name)
+        if captures is None:
             raise PrivacyError(
                 f"{layer.name} did not run in this pass",
                 cure="call every trainable layer on every pass; multiply by the presence mask",
             )
-        if capture.versions != (capture.x._version, capture.y._version):
-            raise PrivacyError(
-                f"{layer.name}: its input or output was changed in place after it ran",
-                cure="use out-of-place operations around trainable layers",
-            )
-        if not capture.x.shape[0] == capture.y.shape[0] == rows:
-            raise PrivacyError(
-                f"{layer.name} saw {capture.x.shape[0]} rows where the pass has {rows}: tokens "
-                "were flattened into rows, or rows were dropped",
-                cure="keep the rows as dimension 0: [rows, tokens, features]",
-            )
-        return capture
+        for capture in captures:
+            if capture.versions != (capture.x._version, capture.y._version):
+                raise PrivacyError(
+                    f"{layer.name}: its input or output was changed in place after it ran",
+                    cure="use out-of-place operations around trainable layers",
+                )
+            if not capture.y.requires_grad:
+                raise PrivacyError(
+                    f"{layer.name} ran without recording its gradient",
+                    cure="switch gradient checkpointing off, and torch.no_grad around it",
+                )
+            if not capture.x.shape[0] == capture.y.shape[0] == rows:
+                raise PrivacyError(
+                    f"{layer.name} saw {capture.x.shape[0]} rows where the pass has {rows}: tokens "
+                    "were flattened into rows, or rows were dropped",
+                    cure="keep the rows as dimension 0: [rows, tokens, features]",
+                )
+        return captures

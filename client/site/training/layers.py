@@ -21,7 +21,7 @@ underflow it. Constants are doubled, which covers the rounding of the bound itse
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ class CoveredLayer:
     """
 
     kind: type[nn.Module]
+    feature_dims = 1  # trailing dimensions of the input that belong to one token
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name = name
@@ -65,6 +66,20 @@ class CoveredLayer:
     ) -> tuple[Tensor, ...]:
         """Features and output gradients as [patients, n, d] float64, n tokens per patient."""
         raise NotImplementedError
+
+    def beside(self, xs: Sequence[Tensor], gs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Input and output gradient of several uses of the layer as those of one: their tokens,
+        [rows, n, ...], one use after the other."""
+        rows = len(gs[0])
+        features = xs[0].shape[xs[0].dim() - self.feature_dims :]
+        return (
+            torch.cat([x.reshape(rows, -1, *features) for x in xs], dim=1),
+            torch.cat([g.reshape(rows, -1, *self._outputs(g)) for g in gs], dim=1),
+        )
+
+    def _outputs(self, g: Tensor) -> tuple[int, ...]:
+        """Trailing dimensions of one token's output."""
+        return tuple(g.shape[g.dim() - max(1, self.feature_dims) :])
 
     def bound(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         """([P] upper bound of ‖G‖², [P] m²); non-finite where any input of the patient is."""
@@ -135,6 +150,10 @@ class LinearLayer(CoveredLayer):
 class NormLayer(CoveredLayer):
     """y = w ⊙ x̂ + b with x̂ normalised within the token: the gradient of w is Σ_t g_t ⊙ x̂_t."""
 
+    def __init__(self, name: str, module: nn.Module) -> None:
+        super().__init__(name, module)
+        self.feature_dims = len(self.module.normalized_shape)
+
     def _normalised(self, values: Tensor) -> Tensor:
         raise NotImplementedError
 
@@ -180,6 +199,7 @@ class EmbeddingLayer(CoveredLayer):
     """y = W[i]: a linear layer of one-hot features, whose Gram entries are exactly 0 or 1."""
 
     kind = nn.Embedding
+    feature_dims = 0
 
     @staticmethod
     def reason_against(module: Any) -> str | None:
