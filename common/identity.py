@@ -29,21 +29,8 @@ class Identity:
     def open(cls, path: str | Path) -> Identity:
         """Loads the key, creating it on first use (safe when several processes start at once)."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Ed25519PrivateKey.generate().private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
-        temporary.touch(mode=0o600)
-        temporary.write_bytes(fresh)
-        try:
-            os.link(temporary, path)  # atomic, and fails when another process was first
-        except FileExistsError:
-            pass
-        finally:
-            temporary.unlink()
+        if not path.exists():
+            _create(path)
         try:
             key = serialization.load_pem_private_key(path.read_bytes(), password=None)
         except ValueError:
@@ -70,6 +57,28 @@ class Identity:
         header = header.model_copy(update={"arrays_digest": digest_arrays(arrays)})
         data = header.canonical()
         return Envelope(header=data, signature=self.sign(data), arrays=arrays or {})
+
+
+def _create(path: Path) -> None:
+    """A fresh key, durable; of several processes the first one wins."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Ed25519PrivateKey.generate().private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(handle, "wb") as file:
+        file.write(fresh)
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        os.link(temporary, path)  # atomic, and fails when another process was first
+    except FileExistsError:
+        pass
+    finally:
+        temporary.unlink()
 
 
 def verify(public: str, data: bytes, signature: bytes) -> bool:

@@ -54,7 +54,7 @@ class Request(Header):
     """
 
     kind: Kind
-    run: str = Field(max_length=64)
+    run: str = Field(max_length=64, pattern=r"^[ -~]*$")
     site: str = ""
     study_hash: str = ""
     round: int = Field(default=0, ge=0)

@@ -19,11 +19,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from common.errors import StudyError, explain
 from common.privacy.events import GaussianHistogram, PoissonGaussian, ReleaseEvent, Unprotected
 from common.privacy.pricing import calibrate_gaussian, calibrate_noise_multiplier
+from common.systems import SYSTEMS
+from common.systems.adacomed import AdaCoMed
+from common.systems.llama_fusion import LlamaFusion
+from common.systems.m_llm import MLlm
+from common.systems.part import Part
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 Key = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,63}$")]
@@ -38,13 +43,9 @@ EMBEDDED_ENCODERS: Mapping[str, str] = {
 """Encoders that need no download, and the modality that each reads. Every other encoder is
 `torchxrayvision:<weights name or path>` or `huggingface:<id or folder>` (with `revision`)."""
 EMBEDDED_SLMS = ("nano",)
+MOST_STEPS = 400_000
+"""Rounds times steps: with spare rounds, what can be priced exactly."""
 _SHOWN_NAMES = 30  # in an error
-
-
-class Part(BaseModel):
-    """A section of a study: immutable, and an unknown key is an error, not ignored."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Source(Part):
@@ -125,11 +126,14 @@ class Model(Part):
     """What is trained on top of the frozen encoders.
 
     Attributes:
-        system: `uni-mlm`: joint projectors before a frozen SLM (Björkdahl et al. 2024).
+        system: A key of `common.systems.SYSTEMS`; `uni-mlm`: joint projectors before a frozen SLM
+            (Björkdahl et al. 2024).
         slm: `nano` (embedded), a Hugging Face id (with `revision`), or a folder.
         loss: `avg` class-averaged weighted cross-entropy (eq. 2) or `asl` asymmetric (eq. 3).
         class_weights: Weigh classes by public prevalence (eq. 2); without, the public prior is
             added to the logit in the loss, which is better under clipping.
+        projectors: `joint`: trained through one sequence of all tokens; `isolated`: each by what
+            its own source's tokens alone predict (section II-C). Both predict jointly.
         decoder: Also train one-layer decoders with the reconstruction loss (eq. 5). Under privacy
             it spends the clipped norm on the wrong goal; off by default.
         beta: Weight of the classification loss beside the reconstruction (eq. 5).
@@ -139,11 +143,12 @@ class Model(Part):
             linear response.
     """
 
-    system: Literal["uni-mlm"] = "uni-mlm"
+    system: str = "uni-mlm"
     slm: str = "nano"
     revision: str | None = None
     loss: Literal["avg", "asl"] = "avg"
     class_weights: bool = True
+    projectors: Literal["joint", "isolated"] = "joint"
     decoder: bool = False
     beta: float = Field(default=10.0, ge=0)
     asl_margin: float = Field(default=0.05, ge=0, lt=1)
@@ -151,6 +156,27 @@ class Model(Part):
     token_scale: float = Field(default=1.0, ge=1e-3, le=1e3)
     logit_gain: float = Field(default=1.0, ge=1e-3, le=1e3)
     lora: Lora | None = None
+    adacomed: AdaCoMed | None = None
+    llama_fusion: LlamaFusion | None = None
+    m_llm: MLlm | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_section(cls, raw: Any) -> Any:
+        """Writes out the section of the chosen system, and refuses those of others."""
+        if not isinstance(raw, Mapping):
+            return raw
+        name = raw.get("system", "uni-mlm")
+        if name not in SYSTEMS:
+            known = ", ".join(SYSTEMS)
+            raise ValueError(f"unknown system '{name}'; use one of {known}")
+        own = SYSTEMS[name].section
+        for section in (s.section for s in SYSTEMS.values() if s.section != own):
+            if section and raw.get(section) is not None:
+                raise ValueError(f"'{section}' are options of another system than '{name}'")
+        if own is not None and raw.get(own) is None:
+            return {**raw, own: {}}
+        return raw
 
     @model_validator(mode="after")
     def _pinned(self) -> Model:
@@ -298,6 +324,9 @@ class Study(Part):
 
     @model_validator(mode="after")
     def _sound(self) -> Study:
+        steps = self.federation.rounds * self.training.steps_per_round
+        if steps > MOST_STEPS:
+            raise ValueError(f"{steps:,} steps are more than a study may have ({MOST_STEPS:,})")
         for name, site in self.federation.sites.items():
             if self.privacy.mode != "none" and self.privacy.delta >= 1 / site.patients_declared:
                 raise ValueError(
@@ -382,7 +411,7 @@ class Study(Part):
         """Parses and validates; every mistake becomes one `StudyError` naming the keys."""
         try:
             return cls.model_validate(tomllib.loads(text))
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise StudyError(f"{origin} is not valid TOML: {error}") from None
         except ValidationError as error:
             raise StudyError(f"{origin}: {explain(error)}", cure="see docs/study.md") from None

@@ -145,8 +145,10 @@ The head of each site's ledger at its last answer. A ledger that does not hold i
 
 ## How it is made
 
-- System: `{{ study.model.system }}`: trained projectors before a frozen language model; {{ '{:,}'.format(report.trainable_parameters) }} trained parameters.
+- System: `{{ study.model.system }}`; {{ '{:,}'.format(report.trainable_parameters) }} trained parameters.
+{% if slm.name != "none" %}
 - Language model: {{ slm.name }}{% if slm.revision %} at `{{ slm.revision }}`{% endif %}{% if slm.family %} ({{ slm.family }}{% if slm.parameters %}, {{ '{:,}'.format(slm.parameters) }} parameters{% endif %}){% endif %}, frozen{% if lora %}, with LoRA of rank {{ lora.r }}{% endif %}; not part of this folder. SHA-256 `{{ slm.sha256 }}`.
+{% endif %}
 - Encoders, frozen:
 {% for source, description in report.encoders.items() %}
   - `{{ source }}`: {{ description }}

@@ -38,7 +38,8 @@ def write(
 
     Args:
         arrays: The adapter.
-        spec: What a site says of it: `slm`, `designated`, `dims`, `lora`, `trainable_parameters`.
+        spec: What a site says of it: `slm`, `designated`, `logits`, `dims`, `lora` and
+            `trainable_parameters`.
 
     Returns:
         `OUT/adapter`.
@@ -95,12 +96,12 @@ def _describe(
         "system": study.model.system,
         "slm": spec["slm"],
         "seed": study.seed,
-        "designated": dict(zip(study.tasks, spec["designated"], strict=True)),
+        "designated": dict(zip(study.tasks, spec["designated"], strict=False)),
         "tasks": {
             name: {"prevalence": task.prevalence, "description": task.description}
             for name, task in study.tasks.items()
         },
-        # One sequence: the tokens of each source, in this order, before the frozen model.
+        # In token order.
         "sources": [
             {
                 "name": name,
@@ -112,7 +113,7 @@ def _describe(
             }
             for name, source in study.sources.items()
         ],
-        "logits": "mean over present tokens of the designated entries' logits; positive at >= 0",
+        "logits": spec["logits"],
         "arrays": {name: list(array.shape) for name, array in sorted(rest.items())},
         "lora": lora,
         "trainable_parameters": spec["trainable_parameters"],

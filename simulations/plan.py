@@ -194,7 +194,11 @@ def show_plan(
 
 
 def _parameters(study: Study, dims: Mapping[str, int], slm: SlmFiles) -> int:
-    """Trainable ones of `uni-mlm`, without building it (a test compares)."""
+    """Trainable ones; of `uni-mlm` without building it (a test compares)."""
+    if study.model.system != "uni-mlm":
+        from client.site.model.system import adapter_spec, build  # imports torch
+
+        return int(adapter_spec(build(study, dims))["trainable_parameters"])
     width = slm.hidden_size
     count = sum(width * dim for dim in dims.values())
     if study.model.decoder:

@@ -14,6 +14,7 @@ from client.site.model.files import require
 from client.site.shard import Shard
 from common.errors import StudyError
 from common.study import Source, Study, unknown
+from common.systems import SYSTEMS
 
 _IMAGES = 2000  # are decoded in seconds; of more, the daemon finds a broken one when it comes to it
 _TABLE = {"series": "events", "text": "notes", "image": "images", "embedding": "embeddings"}
@@ -32,7 +33,8 @@ def check(study: Study, shards: Mapping[str, Path]) -> list[str]:
     Raises:
         FedwardError: The first thing that is wrong.
     """
-    require(study.model.slm, study.model.revision)
+    if SYSTEMS[study.model.system].has_slm:
+        require(study.model.slm, study.model.revision)
     for source in study.sources.values():
         build_encoder(source)
     without = set(study.sources)

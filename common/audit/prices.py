@@ -15,7 +15,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from common.audit.findings import Finding
+from common.audit.findings import Finding, error
 from common.audit.reading import Reading
 from common.audit.verify import judge
 from common.errors import FedwardError
@@ -172,18 +172,32 @@ def price(
             _account(book, study).more(Counter(study.reserved_events(book.site))),
         )
     )
+    each, in_all = rows(book, quick=quick), together(book, quick=quick)
+    said = [f for f in judge(reading).findings if f.rule not in _NOT_OF_A_PRICE]
     return Prices(
         site=book.site,
         at=book.last_at,
         lines=len(book.lines),
         head=book.head,
-        rows=rows(book, quick=quick),
-        together=together(book, quick=quick),
+        rows=each,
+        together=in_all,
         caps=caps(book, more),
         events=events(book),
         what_if=None if study is None or more is None else _what_if(book, study, more),
-        findings=tuple(f for f in judge(reading).findings if f.rule not in _NOT_OF_A_PRICE),
+        findings=(*said, *_disagreements((*each, *in_all))),
     )
+
+
+def _disagreements(some: tuple[Row, ...]) -> list[Finding]:
+    return [
+        error(
+            "accountants-disagree",
+            f"'{row.name}', {row.population} patients: {TOLERANCE} does not hold",
+            "trust none of the figures; report it with the ledger's events",
+        )
+        for row in some
+        if row.spent.agree is False or row.reserved.agree is False
+    ]
 
 
 def rows(book: Book, *, quick: bool) -> tuple[Row, ...]:
@@ -216,8 +230,7 @@ def committed(accounts: list[StudyAccount]) -> Counter[ReleaseEvent]:
     """All that was, or still may be, released."""
     total: Counter[ReleaseEvent] = Counter()
     for account in accounts:
-        for commitment in account.commitments:
-            total.update(commitment.events)
+        total.update(account.committed)
     return total
 
 
@@ -320,7 +333,7 @@ def _row(
 ) -> Row:
     spent: Counter[ReleaseEvent] = sum((a.spent for a in accounts), Counter())
     released = _of(spent, population)
-    parts = [c for a in accounts for c in a.commitments if _of(c.events, population)]
+    parts = [c for a in accounts for c in a.wholes if _of(c.events, population)]
     return Row(
         study=study,
         name=name,

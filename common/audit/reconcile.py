@@ -129,6 +129,11 @@ def _audited(card: Card, site: str, reading: Reading) -> tuple[Verification, lis
     heads = [head for head in card.heads if head.site == site]
     outcome = judge(reading, public_key=heads[0].public_key if heads else None)
     found = [f for f in outcome.findings if f.rule not in _NOT_OF_A_CARD]
+    if not heads and any(claim.site == site for claim in card.claims):
+        text = (
+            "the card keeps no head of this ledger: whose it is, and that it is whole, is not shown"
+        )
+        found.append(warning("card-headless", text))
     lacking = [hold(reading, head.lines, head.head) for head in heads]
     found += [finding for finding in lacking if finding is not None]
     held = [head.lines for head, finding in zip(heads, lacking, strict=True) if finding is None]

@@ -214,8 +214,10 @@ def _what(book: Book) -> list[Finding]:
         text = "no lifetime cap: studies may follow one another without end"
         found.append(warning("lifetime-uncapped", text))
     for line in book.reconciled:
-        text = f"lines up to {line.receipt_lines} were lost; all that they may have released counts"
+        text = f"lines up to {line.receipt.lines} were lost; all that they may have released counts"
         found.append(warning("reconciled", f"{text} as spent", line=book.lines.index(line) + 1))
+    for rule, number, text in book.remarks:
+        found.append(warning(rule, text, line=number))
     if book.lines and moment(book.last_at) > datetime.now(UTC) + _AHEAD:
         text = f"dated in the future ({book.last_at}): the site's clock was ahead"
         found.append(warning("clock-ahead", text, line=len(book.lines)))
@@ -241,7 +243,7 @@ def _receipts(
             text = f"a receipt of line {receipt.lines} in this site's name is by another key"
             found.append(error("receipt-foreign", f"{text}: {receipt.public_key[:12]}…"))
         else:
-            finding = hold(reading, receipt.lines, receipt.head, receipt.epoch)
+            finding = hold(reading, receipt.lines, receipt.head)
             if finding is None:
                 held.append(receipt)
             else:
@@ -256,19 +258,12 @@ def _receipts(
     return held, found
 
 
-def hold(reading: Reading, lines: int, head: str, epoch: int | None = None) -> Finding | None:
-    """Why a ledger lacks the line that a receipt names; None where it holds it.
-
-    Args:
-        epoch: Of the receipt; None where only its line and head were kept.
-    """
+def hold(reading: Reading, lines: int, head: str) -> Finding | None:
+    """Why a ledger lacks the line that a receipt names; None where it holds it."""
     book = reading.book
     if lines <= len(book.heads) and book.heads[lines - 1] == head:
         return None
-    if any(
-        lines <= line.receipt_lines and epoch in (None, line.receipt_epoch)
-        for line in book.reconciled
-    ):
+    if any((line.receipt.lines, line.receipt.head) == (lines, head) for line in book.reconciled):
         text = f"a receipt names line {lines} ({head[:12]}…), which was lost and reconciled"
         return warning("receipt-reconciled", text)
     if lines <= len(book.heads):

@@ -35,8 +35,10 @@ from common.privacy.lines import (
     StudyApproved,
     StudyRevoked,
     Upgraded,
+    chained,
     hash_of,
     parse,
+    reserve_hash,
     split,
 )
 from common.privacy.pricing import epsilon_by_population
@@ -71,10 +73,13 @@ class StudyAccount:
     """What the ledger knows of one study.
 
     Attributes:
-        parts: Releases that each approval set aside, by event. PLD prices one part, which was fixed
-            beforehand; another one may have been chosen in the light of the first.
+        parts: Releases that each approval set aside beyond the earlier ones, by event. PLD prices
+            one part, which was fixed beforehand; another may have been chosen after the first.
+        allowed: Releases set aside, by event, those that are spent included.
         spent: Releases charged (or assumed, where lines were lost), by event.
-        closed: Why nothing more is released: `revoked` or `reconciled`; empty while open.
+        decisions: Of persons, oldest first.
+        closed: Why nothing more is released: `revoked`, `reconciled`, or `undecided` (approved
+            before lines were signed); empty while open.
     """
 
     study_hash: str
@@ -82,8 +87,10 @@ class StudyAccount:
     delta: float
     approvals: list[StudyApproved] = field(default_factory=list)
     parts: list[Counter[ReleaseEvent]] = field(default_factory=list)
+    allowed: Counter[ReleaseEvent] = field(default_factory=Counter)
     spent: Counter[ReleaseEvent] = field(default_factory=Counter)
     released: list[Released] = field(default_factory=list)
+    decisions: list[Decision] = field(default_factory=list)
     closed: str = ""
 
     @property
@@ -98,33 +105,40 @@ class StudyAccount:
         return datetime.fromisoformat(text) if text else None
 
     @property
-    def allowed(self) -> Counter[ReleaseEvent]:
-        """Releases set aside, by event, those that are spent included."""
-        return sum(self.parts, Counter[ReleaseEvent]())
+    def left(self) -> Counter[ReleaseEvent]:
+        """What still may be released."""
+        return Counter[ReleaseEvent]() if self.closed else self.allowed - self.spent
 
     @property
-    def commitments(self) -> list[Commitment]:
-        """All that was, or still may be, released: one for each part."""
-        if not self.closed:
-            return [Commitment(self.delta, part) for part in self.parts]
-        left, kept = Counter(self.spent), []
+    def decided_at(self) -> str:
+        """When a person last decided about it; empty before."""
+        return max((decision.at for decision in self.decisions), default="")
+
+    @property
+    def committed(self) -> Counter[ReleaseEvent]:
+        """All that was, or still may be, released."""
+        return self.spent + self.left
+
+    @property
+    def wholes(self) -> list[Commitment]:
+        """All that was ever set aside, revoked or not, part by part; and what was spent beyond."""
+        beyond = Counter(self.spent)
         for part in self.parts:
-            kept.append(Commitment(self.delta, part & left))
-            left -= part
-        return [*kept, Commitment(self.delta, left)]
+            beyond -= part
+        return [Commitment(self.delta, part) for part in (*self.parts, beyond) if part]
 
     def more(self, reserved: Counter[ReleaseEvent]) -> Counter[ReleaseEvent]:
         """What an approval of `reserved` in total sets aside beyond the earlier ones."""
         return reserved if self.closed else reserved - self.allowed
 
-    def reopen(self, approval: StudyApproved) -> None:
-        """Takes an approval in."""
-        more = self.more(_total(approval.reserved))
-        if self.closed:
-            self.parts = [Counter(c.events) for c in self.commitments if c.events]
+    def approve(self, approval: StudyApproved) -> Counter[ReleaseEvent]:
+        """Takes an approval in; returns what it sets aside beyond the earlier ones."""
+        more = self.more(total(approval.reserved))
+        self.allowed = (self.spent if self.closed else self.allowed) + more
         self.parts.append(more)
         self.approvals.append(approval)
         self.closed = ""
+        return more
 
 
 class Book:
@@ -138,6 +152,8 @@ class Book:
         studies: By study hash, in order of their approval.
         policy: The latest line about it, None before the first.
         anomalies: What is wrong without breaking the chain: `(rule, line, text)`.
+        remarks: What a reader should know of: `(rule, line, text)`.
+        approvals_hash: Chain of what the approvals set aside; see `lines.chained`.
     """
 
     def __init__(self) -> None:
@@ -152,11 +168,14 @@ class Book:
         self.erased: set[str] = set()
         self.reconciled: list[Reconciled] = []
         self.anomalies: list[tuple[str, int, str]] = []
+        self.remarks: list[tuple[str, int, str]] = []
+        self.approvals, self.approvals_hash = 0, START
         self.last_at = ""
         self._refused_on: dict[str, set[tuple[str, str]]] = {}
         self._digests: set[str] = set()
         self._decisions: set[str] = set()
         self._spendings: dict[Population, Spending] = {}
+        self._committed: Counter[ReleaseEvent] = Counter()
 
     # -- state ------------------------------------------------------------------------------
 
@@ -179,11 +198,6 @@ class Book:
     def simulated(self) -> bool:
         """Whether randomness was seeded."""
         return self.entropy == "seeded"
-
-    @property
-    def approvals(self) -> int:
-        """How many lines approved a study."""
-        return sum(len(account.approvals) for account in self.studies.values())
 
     def refusals_on(self, day: str) -> set[tuple[str, str]]:
         """Request digest and code of what was refused on a day (YYYY-MM-DD)."""
@@ -230,43 +244,69 @@ class Book:
         spent = epsilon_by_population(self.events(study_hash=study_hash), delta)
         return {"train": 0.0, "validation": 0.0, **spent}
 
-    def lifetime(self, population: Population, *more: Commitment) -> Spending | None:
+    def lifetime(self, population: Population, more: Commitment | None = None) -> Spending | None:
         """What is committed of the population's lifetime cap, and would be with `more`; None
         without a cap."""
         if self.policy is None or self.policy.lifetime is None:
             return None
-        cap = self.policy.lifetime.of(population)
-        if not more and population in self._spendings:
+        if more is None and population in self._spendings:
             return self._spendings[population]
-        committed = [c for account in self.studies.values() for c in account.commitments]
-        found = spending([*committed, *more], population, cap, protected=self.policy.unprotected)
-        if not more:
+        cap = self.policy.lifetime.of(population)
+        if cap.rule == "rdp":  # holds release by release, whatever study it belongs to
+            committed = [Commitment(cap.delta, self._committed)]
+        else:
+            committed = [c for account in self.studies.values() for c in account.wholes]
+        with_more = [*committed, more] if more else committed
+        found = spending(with_more, population, cap, protected=self.policy.unprotected)
+        if more is None:
             self._spendings[population] = found
         return found
 
+    # -- receipts ---------------------------------------------------------------------------
+
     def holds(self, receipt: Receipt) -> bool:
-        """Whether the receipt's line is in the ledger, or among lost lines that were reconciled."""
-        if receipt.lines <= len(self.heads) and self.heads[receipt.lines - 1] == receipt.head:
+        """Whether the receipt's line is in the ledger, or its loss was reconciled."""
+        at = receipt.lines
+        if at <= len(self.heads) and self.heads[at - 1] == receipt.head:
             return True
         return any(
-            line.receipt_epoch == receipt.epoch and receipt.lines <= line.receipt_lines
+            (line.receipt.lines, line.receipt.head) == (at, receipt.head)
             for line in self.reconciled
         )
 
     @property
     def epoch(self) -> int:
         """Above that of every receipt whose loss was reconciled."""
-        return max((line.receipt_epoch + 1 for line in self.reconciled), default=0)
+        return max((line.receipt.epoch + 1 for line in self.reconciled), default=0)
 
-    def lost_approvals(self, receipt: Receipt) -> int:
-        """Approvals among the lines that a receipt names and this ledger lost, as far as they are
-        not accounted for."""
-        known = [
-            line.receipt_approvals
-            for line in self.reconciled
-            if line.receipt_epoch == receipt.epoch
-        ]
-        return receipt.approvals - max(known, default=self.approvals)
+    @property
+    def ancestors(self) -> tuple[tuple[int, str], ...]:
+        """SHA-256 of some earlier lines, for a receipt: see `Receipt.ancestors`."""
+        last = len(self.heads)
+        steps = [1 << n for n in range(last.bit_length()) if 1 << n < last]
+        numbers = {1, *(last - step for step in steps)} if last > 1 else set()
+        return tuple((number, self.heads[number - 1]) for number in sorted(numbers))
+
+    def fork(self, receipt: Receipt) -> int:
+        """The last line of which it is known that both this ledger and that of the receipt have it;
+        0 if there is none."""
+        return max(
+            (
+                number
+                for number, head in receipt.ancestors
+                if 1 <= number <= len(self.heads) and self.heads[number - 1] == head
+            ),
+            default=0,
+        )
+
+    def prefix(self, lines: int) -> Book:
+        """The state after the first lines of this ledger."""
+        book = Book()
+        for line, head in zip(self.lines[:lines], self.heads, strict=False):
+            book._fold(line)
+            book.lines.append(line)
+            book.heads.append(head)
+        return book
 
     # -- one more line ----------------------------------------------------------------------
 
@@ -346,11 +386,33 @@ class Book:
         elif isinstance(line, StudyRevoked):
             if line.study_hash not in self.studies:
                 raise LedgerError("revocation-unfounded", number, "revokes what was not approved")
-            self._decided(number, line.decision, "revoke", line.study_hash)
+            self._decided(number, line, line.decision, "revoke")
         elif isinstance(line, Released):
             self._may_release(number, line)
         elif isinstance(line, PolicyChanged):
             self._may_change(number, line)
+        elif isinstance(line, Reconciled):
+            self._may_reconcile(number, line)
+
+    def _may_reconcile(self, number: int, line: Reconciled) -> None:
+        receipt = line.receipt
+        if receipt.site != self.site or receipt.public_key not in self.keys or not receipt.genuine:
+            raise LedgerError("loss-unproven", number, "its receipt is not by a key of this site")
+        if self.holds(receipt):
+            raise LedgerError("loss-unproven", number, "its receipt names no lost line")
+        common = self.prefix(self.fork(receipt))
+        chain, count = common.approvals_hash, common.approvals + len(line.lost)
+        for lost in line.lost:
+            chain = chained(chain, lost.reserve_hash)
+        if (count, chain) != (receipt.approvals, receipt.approvals_hash):
+            raise LedgerError(
+                "loss-understated",
+                number,
+                f"after line {len(common.lines)}, the last in common, the receipt counts "
+                f"{receipt.approvals - common.approvals} approvals; not exactly these are given",
+                cure="give each lost approval with --study, in its order, as STUDY or STUDY:RUNS; "
+                "their coordinators have them",
+            )
 
     def _may_change(self, number: int, line: PolicyChanged) -> None:
         """A filter holds at an order that was fixed before anything was spent under it."""
@@ -373,20 +435,20 @@ class Book:
 
     def _may_approve(self, number: int, line: StudyApproved) -> None:
         if line.decision is not None:
+            reserve = reserve_hash(line.study_hash, line.delta, line.runs, line.reserved)
             self._decided(
-                number,
-                line.decision,
-                "approve",
-                line.study_hash,
-                runs=line.runs,
-                expires=line.expires,
+                number, line, line.decision, "approve", reserve=reserve, expires=line.expires
             )
         elif self.keys and not self.virtual:
             raise LedgerError("approval-unsigned", number, "a study approved by nobody")
+        if line.expires is not None and line.expires <= line.at:
+            raise LedgerError("approval-expired", number, "an approval that has expired already")
         account = self.studies.get(line.study_hash, StudyAccount("", "", line.delta))
         if account.delta != line.delta:
             raise LedgerError("approval-changed", number, "the study's delta is another one now")
-        more = Commitment(line.delta, account.more(_total(line.reserved)))
+        if not account.closed and line.runs < account.runs:
+            raise LedgerError("approval-changed", number, "fewer runs than are approved already")
+        more = Commitment(line.delta, account.more(total(line.reserved)))
         for population in POPULATIONS:
             after = self.lifetime(population, more)
             if after is not None and not after.within:
@@ -398,15 +460,25 @@ class Book:
                 )
 
     def _decided(
-        self, number: int, decision: Decision, verdict: Verdict, study_hash: str, **terms: Any
+        self,
+        number: int,
+        line: StudyApproved | StudyRevoked,
+        decision: Decision,
+        verdict: Verdict,
+        **terms: Any,
     ) -> None:
-        if not decisions.stands(decision, verdict, self.ledger_id, study_hash, **terms):
+        if not decisions.stands(decision, verdict, self.ledger_id, line.study_hash, **terms):
             raise LedgerError(
                 "approval-forged", number, f"'{decision.approver}' did not sign this decision"
             )
         if decision.signature in self._decisions:
             raise LedgerError(
                 "decision-replayed", number, f"'{decision.approver}' signed this decision only once"
+            )
+        account = self.studies.get(line.study_hash)
+        if account is not None and decision.at <= account.decided_at:
+            raise LedgerError(
+                "decision-stale", number, "a later decision about this study stands in the ledger"
             )
         known = self.policy.approvers if self.policy else {}
         if known.get(decision.approver) != decision.public_key:
@@ -439,21 +511,33 @@ class Book:
             self.keys = [line.public_key] if line.public_key else []
         elif isinstance(line, Upgraded | KeyRotated):
             self.keys.append(line.public_key)
+            if isinstance(line, Upgraded):
+                self._close("undecided")
         elif isinstance(line, Software):
             self.software = line
         elif isinstance(line, PolicyChanged):
+            self._remark_raised(line)
             self.policy = line
             self._spendings.clear()
         elif isinstance(line, StudyApproved):
-            account = StudyAccount(line.study_hash, line.name, line.delta)
-            self.studies.setdefault(line.study_hash, account).reopen(line)
+            account = self.studies.setdefault(
+                line.study_hash, StudyAccount(line.study_hash, line.name, line.delta)
+            )
+            self._committed.update(account.approve(line))
+            self._spendings.clear()
+            self.approvals += 1
+            self.approvals_hash = chained(
+                self.approvals_hash,
+                reserve_hash(line.study_hash, line.delta, line.runs, line.reserved),
+            )
             if line.decision:
+                account.decisions.append(line.decision)
                 self._decisions.add(line.decision.signature)
-            self._spendings.clear()
         elif isinstance(line, StudyRevoked):
-            self.studies[line.study_hash].closed = "revoked"
+            account = self.studies[line.study_hash]
+            account.decisions.append(line.decision)
             self._decisions.add(line.decision.signature)
-            self._spendings.clear()
+            self._close("revoked", account)
         elif isinstance(line, Released):
             account = self.studies[line.study_hash]
             account.released.append(line)
@@ -469,15 +553,37 @@ class Book:
             self._reconcile(line)
 
     def _reconcile(self, line: Reconciled) -> None:
-        for assumed in line.assumed:
-            account = self.studies.setdefault(
-                assumed.study_hash, StudyAccount(assumed.study_hash, assumed.name, assumed.delta)
-            )
-            account.spent = account.spent + _total(assumed.reserved)
-        for account in self.studies.values():
+        """Counts what the lost lines may have released, beside what this ledger counts."""
+        common = self.prefix(self.fork(line.receipt))
+        assumed = [(a.study_hash, a.name, a.delta, a.left) for a in common.studies.values()]
+        assumed += [(a.study_hash, a.name, a.delta, total(a.reserved)) for a in line.lost]
+        self._close("reconciled")
+        for study_hash, name, delta, events in assumed:
+            account = self.studies.setdefault(study_hash, StudyAccount(study_hash, name, delta))
+            account.spent = account.spent + events
             account.closed = account.closed or "reconciled"
+            self._committed.update(events)
         self.reconciled.append(line)
         self._spendings.clear()
+
+    def _close(self, why: str, *accounts: StudyAccount) -> None:
+        """Ends studies, by default all; what they had left is committed no longer."""
+        for account in accounts or tuple(self.studies.values()):
+            self._committed.subtract(account.left)
+            account.closed = account.closed or why
+        self._spendings.clear()
+
+    def _remark_raised(self, line: PolicyChanged) -> None:
+        before = self.policy.lifetime if self.policy else None
+        if before is None or line.lifetime is None or not self.studies:
+            return
+        for population in POPULATIONS:
+            was, is_now = before.of(population), line.lifetime.of(population)
+            if (is_now.epsilon, is_now.delta) > (was.epsilon, was.delta):
+                text = (
+                    f"the {population} cap was raised from ε {was.epsilon:g} to {is_now.epsilon:g}"
+                )
+                self.remarks.append(("lifetime-raised", len(self.lines) + 1, text))
 
     # -- reading a file ---------------------------------------------------------------------
 
@@ -536,8 +642,9 @@ def reserves(events: Mapping[ReleaseEvent, int]) -> tuple[Reserve, ...]:
     return tuple(Reserve(count=count, event=event) for event, count in events.items() if count > 0)
 
 
-def _total(reserved: tuple[Reserve, ...]) -> Counter[ReleaseEvent]:
-    total: Counter[ReleaseEvent] = Counter()
+def total(reserved: tuple[Reserve, ...]) -> Counter[ReleaseEvent]:
+    """Reserves as counted events; see `reserves`."""
+    counted: Counter[ReleaseEvent] = Counter()
     for reserve in reserved:
-        total[reserve.event] += reserve.count
-    return total
+        counted[reserve.event] += reserve.count
+    return counted

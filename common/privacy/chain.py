@@ -58,7 +58,8 @@ class Chain:
     def _locked(self) -> Iterator[int]:
         """The open file under its exclusive lock, with everything in it read and checked."""
         with self._mutex:
-            file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            begin = 0 if self.book.lines else os.O_CREAT  # never anew once it was there
+            file = os.open(self.path, os.O_RDWR | begin | os.O_APPEND | os.O_CLOEXEC, 0o600)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 self._read(file)
@@ -105,6 +106,7 @@ class Chain:
                 self._hold(receipt)
             self._compared = True
             if self.book.lines:
+                self._record_torn(file)
                 self._keep_head()
 
     def _recover(self, file: int, tail: bytes) -> None:
@@ -126,6 +128,11 @@ class Chain:
             self._admit(line, tail)
 
     def _set_aside(self, file: int, tail: bytes) -> None:
+        if self.book.public_key not in (None, self._identity.public):
+            raise PrivacyError(
+                f"{self.path} ends in an unfinished line, and the site's key is not its signer's",
+                cure="restore site.key and ledger.jsonl from the same backup",
+            )
         aside = self.path.with_name("ledger.torn")
         with aside.open("ab") as torn:
             os.fchmod(torn.fileno(), 0o600)
@@ -140,13 +147,20 @@ class Chain:
             len(tail),
             aside,
         )
-        if self.book.public_key == self._identity.public:
-            self._append(
-                file,
-                Recovered,
-                torn_bytes=len(tail),
-                torn_sha256=hashlib.sha256(tail).hexdigest(),
-            )
+        self._record_torn(file)
+
+    def _record_torn(self, file: int) -> None:
+        """One `recovered` line for each entry of `ledger.torn` that has none: also after a crash
+        between setting it aside and recording it."""
+        if self.book.public_key != self._identity.public:
+            return
+        aside = self.path.with_name("ledger.torn")
+        known = {line.torn_sha256 for line in self.book.lines if isinstance(line, Recovered)}
+        for tail in aside.read_bytes().split(b"\n") if aside.exists() else ():
+            sha256 = hashlib.sha256(tail).hexdigest()
+            if tail and sha256 not in known:
+                known.add(sha256)
+                self._append(file, Recovered, torn_bytes=len(tail), torn_sha256=sha256)
 
     def _admit(self, line: Line, raw: bytes) -> None:
         self.book.admit(line, raw)
@@ -171,6 +185,8 @@ class Chain:
             lines=len(self.book.lines),
             head=self.book.head,
             approvals=self.book.approvals,
+            approvals_hash=self.book.approvals_hash,
+            ancestors=self.book.ancestors,
             epoch=self.book.epoch,
         ).sealed(self._identity)
 
@@ -179,29 +195,40 @@ class Chain:
         if self.behind is not None or not self._compared:
             return
         partial = self._head.with_name(".ledger.head.partial")
-        partial.write_text(self._receipt().model_dump_json())
-        partial.chmod(0o600)
+        handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(handle, "w") as file:
+            file.write(self._receipt().model_dump_json())
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, self._head)
 
     def _kept_receipts(self) -> list[Receipt]:
+        head = self._head.read_text().strip() if self._head.exists() else None
+        kept = self._receipts.read_text().split("\n") if self._receipts.exists() else []
         found = []
-        for path in (self._head, self._receipts):
-            texts = path.read_text().splitlines() if path.exists() else []
-            for text in texts:
-                try:
-                    receipt = Receipt.model_validate_json(text)
-                except ValidationError:
-                    log.warning("%s is damaged; it is passed over", path)
-                    continue
-                if receipt.genuine:
-                    found.append(receipt)
+        for text in [*kept, *([head] if head is not None else [])]:
+            try:
+                receipt = Receipt.model_validate_json(text) if text or text is head else None
+            except ValidationError:
+                if text is head:
+                    raise PrivacyError(
+                        f"{self._head} is damaged: whether the ledger lacks lines cannot be told",
+                        cure="restore it from the backup; if there is none, remove it and have the "
+                        "coordinators show their receipts",
+                    ) from None
+                log.warning("a line of %s is damaged; it is passed over", self._receipts)
+                continue
+            if receipt is not None and receipt.genuine:
+                found.append(receipt)
         return found
 
     def _keep_receipt(self, receipt: Receipt) -> None:
-        with self._receipts.open("a") as file:
-            file.write(receipt.model_dump_json() + "\n")
+        handle = os.open(self._receipts, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        with os.fdopen(handle, "w") as file:
+            file.write(f"\n{receipt.model_dump_json()}\n")  # whatever was torn before ends here
             file.flush()
             os.fsync(file.fileno())
+        sync_folder(self.path.parent)
 
     def _hold(self, receipt: Receipt) -> None:
         """Compares a receipt that this site once signed; the furthest that is lacking stands."""

@@ -25,7 +25,7 @@ def decide(
     ledger: str,
     study_hash: str,
     *,
-    runs: int = 0,
+    reserve: str = "",
     expires: str | None = None,
     at: datetime | None = None,
 ) -> Decision:
@@ -34,11 +34,12 @@ def decide(
     Args:
         approver: The person's name in the policy.
         ledger: `Book.ledger_id`.
-        runs, expires: Of an approval; see `StudyApproved`.
+        reserve: What an approval sets aside: `common.privacy.lines.reserve_hash`.
+        expires: Of an approval.
         at: When it was made; now by default.
     """
     moment = (at or datetime.now(UTC)).isoformat(timespec="milliseconds")
-    said = _statement(verdict, ledger, study_hash, moment, runs, expires)
+    said = _statement(verdict, ledger, study_hash, moment, reserve, expires)
     return Decision(
         approver=approver, public_key=person.public, at=moment, signature=person.sign(said).hex()
     )
@@ -50,23 +51,23 @@ def stands(
     ledger: str,
     study_hash: str,
     *,
-    runs: int = 0,
+    reserve: str = "",
     expires: str | None = None,
 ) -> bool:
     """Whether the decision's key signed exactly this."""
-    said = _statement(verdict, ledger, study_hash, decision.at, runs, expires)
+    said = _statement(verdict, ledger, study_hash, decision.at, reserve, expires)
     return verify(decision.public_key, said, bytes.fromhex(decision.signature))
 
 
 def _statement(
-    verdict: Verdict, ledger: str, study_hash: str, at: str, runs: int, expires: str | None
+    verdict: Verdict, ledger: str, study_hash: str, at: str, reserve: str, expires: str | None
 ) -> bytes:
     fields = {
         "verdict": verdict,
         "ledger": ledger,
         "study": study_hash,
         "at": at,
-        "runs": runs,
+        "reserve": reserve,
         "expires": expires,
     }
     text = json.dumps(fields, sort_keys=True, separators=(",", ":"))

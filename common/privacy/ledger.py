@@ -23,15 +23,15 @@ from pathlib import Path
 from common.errors import PrivacyError, Refusal
 from common.identity import Identity
 from common.messages import Request
-from common.privacy.book import POPULATIONS, StudyAccount, reserves, rotation
+from common.privacy.book import POPULATIONS, StudyAccount, reserves, rotation, total
 from common.privacy.chain import Chain, now, sync_folder
 from common.privacy.events import ReleaseEvent
 from common.privacy.lifetime import Commitment
 from common.privacy.lines import (
-    Assumed,
     Decision,
     Genesis,
     KeyRotated,
+    Lost,
     PatientErased,
     PolicyChanged,
     ReceiptGiven,
@@ -42,6 +42,7 @@ from common.privacy.lines import (
     StudyApproved,
     StudyRevoked,
     Upgraded,
+    chained,
 )
 from common.privacy.policy import Policy
 from common.privacy.receipts import Receipt
@@ -169,6 +170,11 @@ class Ledger(Chain):
             self._check()
             wanted = planned(study, site, runs)
             account = account or StudyAccount(study.hash, study.name, study.privacy.delta)
+            if not account.closed and runs < account.runs:
+                raise PrivacyError(
+                    f"study '{study.name}' is approved for {account.runs} runs already",
+                    cure="revoke it first",
+                )
             self._afford(study.name, Commitment(study.privacy.delta, account.more(wanted)))
             self._append(
                 file,
@@ -306,54 +312,61 @@ class Ledger(Chain):
             if not receipt.genuine:
                 raise PrivacyError("the receipt's signature is not by the key that it names")
             if not self.book.holds(receipt):
-                self._keep_receipt(receipt)
-                self._hold(receipt)
+                known = self._kept_receipts()
+                self._hold(receipt)  # first, whether or not it can be kept
+                if receipt not in known:
+                    self._keep_receipt(receipt)
 
-    def reconcile(self, studies: Sequence[Study] = ()) -> Reconciled:
-        """Goes on from a ledger that lost lines. Whatever was or may have been approved counts as
-        spent to the end, and is closed: what it had left is lost, nothing is under-reported.
+    def reconcile(self, lost: Sequence[tuple[Study, int]] = ()) -> Reconciled:
+        """Goes on from a ledger that lost lines. All that they may have released is counted, and
+        every study is closed: what was left is lost, nothing is under-reported.
 
         Args:
-            studies: Resolved studies that were approved in the lost lines.
+            lost: Resolved studies that the lost lines approved, in order, with their number of
+                runs; those after the last line in common, where that is earlier.
 
         Raises:
-            PrivacyError: Nothing is lost, or not every lost approval is accounted for.
+            PrivacyError: Nothing is lost, or not exactly the lost approvals are given.
         """
+        site = self.book.site
+        for study, _ in lost:
+            if site not in study.federation.sites:
+                raise PrivacyError(f"study '{study.name}' does not name site '{site}'")
         with self._locked() as file:
-            receipt, book = self.behind, self.book
-            if receipt is None:
+            if self.behind is None:
                 raise PrivacyError("this ledger lacks no line that a receipt names")
-            fresh = [study for study in studies if study.hash not in book.studies]
-            lost = book.lost_approvals(receipt)
-            if lost > len(fresh):
-                raise PrivacyError(
-                    f"the lost lines hold {lost} approvals, {len(fresh)} of them are given",
-                    cure="give the study of each with --study; their coordinators have them",
-                )
-            open_ones = [a for a in book.studies.values() if not a.closed]
+            given = [
+                _lost(s.hash, s.name, s.privacy.delta, runs, planned(s, site, runs))
+                for s, runs in lost
+            ]
             line = self._append(
                 file,
                 Reconciled,
-                receipt_epoch=receipt.epoch,
-                receipt_lines=receipt.lines,
-                receipt_head=receipt.head,
-                receipt_approvals=receipt.approvals,
-                assumed=(
-                    *(
-                        _assumed(a.study_hash, a.name, a.delta, a.allowed - a.spent)
-                        for a in open_ones
-                    ),
-                    *(
-                        _assumed(s.hash, s.name, s.privacy.delta, planned(s, book.site, 1))
-                        for s in fresh
-                    ),
-                ),
+                receipt=self.behind,
+                lost=(*self._shared(self.behind, given), *given),
             )
             self.behind = None
             for kept in self._kept_receipts():
                 self._hold(kept)
             self._keep_head()
             return line
+
+    def _shared(self, receipt: Receipt, given: Sequence[Lost]) -> tuple[Lost, ...]:
+        """Approvals of this ledger's own, after the last line that is known to be common, which the
+        receipt's ledger had too: those with which the given ones make up its chain."""
+        common = self.book.prefix(self.book.fork(receipt))
+        own = [line for line in self.book.lines if isinstance(line, StudyApproved)]
+        after = tuple(
+            _lost(line.study_hash, line.name, line.delta, line.runs, total(line.reserved))
+            for line in own[common.approvals :]
+        )
+        for count in range(len(after) + 1):
+            chain = common.approvals_hash
+            for approval in (*after[:count], *given):
+                chain = chained(chain, approval.reserve_hash)
+            if chain == receipt.approvals_hash:
+                return after[:count]
+        return ()
 
     def refresh(self) -> None:
         """Reads what other processes appended."""
@@ -405,9 +418,9 @@ class Ledger(Chain):
             )
         return account
 
-    def _afford(self, name: str, *more: Commitment) -> None:
+    def _afford(self, name: str, more: Commitment | None = None) -> None:
         for population in POPULATIONS:
-            after = self.book.lifetime(population, *more)
+            after = self.book.lifetime(population, more)
             if after is not None and not after.within:
                 raise Refusal(
                     "lifetime-exceeded",
@@ -432,8 +445,12 @@ def planned(study: Study, site: str, runs: int) -> Counter[ReleaseEvent]:
     return Counter({event: count * runs for event, count in once.items()})
 
 
-def _assumed(study_hash: str, name: str, delta: float, left: Counter[ReleaseEvent]) -> Assumed:
-    return Assumed(study_hash=study_hash, name=name, delta=delta, reserved=reserves(left))
+def _lost(
+    study_hash: str, name: str, delta: float, runs: int, reserved: Counter[ReleaseEvent]
+) -> Lost:
+    return Lost(
+        study_hash=study_hash, name=name, delta=delta, runs=runs, reserved=reserves(reserved)
+    )
 
 
 def _unspent(account: StudyAccount, event: ReleaseEvent, request: Request) -> None:

@@ -2,17 +2,22 @@
 
 PLD composes mechanisms that were fixed beforehand: it prices one study. Which study a hospital
 admits next may depend on what earlier ones released, and there PLD has no proof (Rogers et al.
-2016). Two rules have one:
+2016). Two rules have one, also where studies run at the same time (Haney et al. 2023, concurrent
+composition with adaptively chosen parameters):
 
 * `rdp`: a Renyi filter at one order, fixed in the policy. While the sum of RDP_order over all that
   was ever reserved stays below B, everything together is (order, B)-RDP, however the mechanisms
   were chosen (Feldman and Zrnic 2021, theorem on the fully adaptive Renyi filter; Lecuyer 2021),
-  hence (epsilon, delta)-DP (Canonne, Kamath and Steinke 2020, proposition 12).
-* `sum`: the sum of the studies' (epsilon, delta), each priced by PLD (basic composition is a valid
-  filter: Rogers, Roth, Ullman and Vadhan 2016).
+  hence (epsilon, delta)-DP (Canonne, Kamath and Steinke 2020, proposition 12). It holds release by
+  release: what a revoked study did not release is free again.
+* `sum`: the sum of the (epsilon, delta) of the studies, each priced whole by PLD before it begins
+  (basic composition is a valid filter: Rogers, Roth, Ullman and Vadhan 2016). A study that is
+  revoked stays counted whole: when it stopped may depend on what it said, and its PLD at such a
+  moment is no price that was fixed beforehand.
 
 A filter over-reports: a cap equal to one study's PLD price does not admit it whole (an RDP cap at
-such an epsilon admitted about 335 of 400 steps). Leave headroom.
+such an epsilon admitted about 335 of 400 steps). Leave headroom. And it holds for a cap that was
+fixed beforehand: one that is raised in the light of results bounds nothing but the largest.
 """
 
 from __future__ import annotations
@@ -41,8 +46,8 @@ class Cap(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    epsilon: float = Field(gt=0)
-    delta: float = Field(default=1e-5, gt=0, lt=1)
+    epsilon: float = Field(ge=1e-3, le=1e6)
+    delta: float = Field(default=1e-5, ge=1e-100, lt=1)
     rule: Literal["rdp", "sum"] = "rdp"
     order: int = Field(
         default_factory=lambda cap: _best_order(cap["epsilon"], cap["delta"]), ge=2, le=_ORDERS

@@ -12,34 +12,22 @@ after an `upgraded` line. Nothing here identifies a patient: the file can be han
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from datetime import datetime, timedelta
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from common.errors import PrivacyError
 from common.privacy.events import ReleaseEvent
+from common.privacy.fields import Hash, Signature, Time
 from common.privacy.lifetime import Lifetime
+from common.privacy.receipts import Receipt
 
 START = "0" * 64
 """`previous` of the first line."""
 
 _SIGNATURE = re.compile(rb',"signature":"([0-9a-f]{128})"\}$')
-
-
-def _time(text: str) -> str:
-    moment = datetime.fromisoformat(text)
-    if moment.utcoffset() != timedelta(0) or moment.isoformat(timespec="milliseconds") != text:
-        raise ValueError("a time is ISO 8601, in UTC, to the millisecond")
-    return text
-
-
-Time = Annotated[str, AfterValidator(_time)]
-"""As `2026-01-31T12:00:00.000+00:00`; as text, later times are greater."""
-
-Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Signature = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
 
 
 class _Part(BaseModel):
@@ -78,7 +66,7 @@ class Upgraded(_Line):
 
 
 class Software(_Line):
-    """The daemon's version, and a hash of the package `common` (`common.fingerprint`)."""
+    """The daemon's version, and a hash of its code (`common.fingerprint.software_hash`)."""
 
     line: Literal["software"] = "software"
     version: str
@@ -122,6 +110,7 @@ class StudyApproved(_Line):
     """The hospital let a study in and set aside all that it may release, spare rounds included.
 
     Attributes:
+        reserved: Part of what the person signed (`reserve_hash`).
         patients_declared: The study's public constant, not a count.
         expires: No release at or after this time (ISO 8601, UTC); None is never.
         decision: Of a person; None in schema 1 and for virtual hospitals.
@@ -199,30 +188,34 @@ class Recovered(_Line):
     torn_sha256: Hash
 
 
-class Assumed(_Part):
-    """A study that counts as spent to the end, because lines are lost."""
+class Lost(_Part):
+    """An approval among lost lines."""
 
     study_hash: Hash
     name: str
     delta: float = Field(gt=0, lt=1)
+    runs: int = Field(ge=1)
     reserved: tuple[Reserve, ...]
+
+    @property
+    def reserve_hash(self) -> str:
+        """See `reserve_hash`."""
+        return reserve_hash(self.study_hash, self.delta, self.runs, self.reserved)
 
 
 class Reconciled(_Line):
-    """Lines that a receipt names existed and are lost (a restored backup). Every study that was or
-    may have been approved then counts as spent to the end, and is closed.
+    """Lines that a receipt names existed and are lost (a restored backup). What they may have
+    released is counted in full, on top of what this ledger counts: all that was still set aside at
+    the last common line, and all that the lost lines approved. Every study is closed.
 
     Attributes:
-        receipt_epoch, receipt_lines, receipt_head, receipt_approvals: Of the receipt. It covers
-            every receipt of the same epoch with no more lines.
+        receipt: As it was shown; of this site, and genuine.
+        lost: The approvals among the lost lines, in order; bound by `receipt.approvals_hash`.
     """
 
     line: Literal["reconciled"] = "reconciled"
-    receipt_epoch: int = Field(ge=0)
-    receipt_lines: int = Field(ge=1)
-    receipt_head: Hash
-    receipt_approvals: int = Field(ge=0)
-    assumed: tuple[Assumed, ...]
+    receipt: Receipt
+    lost: tuple[Lost, ...]
 
 
 Line = (
@@ -241,6 +234,18 @@ Line = (
     | Reconciled
 )
 _LINE: TypeAdapter[Line] = TypeAdapter(Annotated[Line, Field(discriminator="line")])
+
+
+def reserve_hash(study_hash: str, delta: float, runs: int, reserved: tuple[Reserve, ...]) -> str:
+    """What an approval sets aside, in one SHA-256."""
+    fields = [study_hash, delta, runs, [reserve.model_dump(mode="json") for reserve in reserved]]
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def chained(before: str, reserve: str) -> str:
+    """The approvals' chain with one more; it begins with `START`."""
+    return hashlib.sha256(f"{before} {reserve}".encode()).hexdigest()
 
 
 def body_of(line: Line) -> bytes:

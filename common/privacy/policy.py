@@ -111,7 +111,7 @@ class Policy(_Part):
             raw = tomllib.loads(path.read_text())
         except OSError as error:
             raise PolicyError(f"cannot read the policy {path} ({error.strerror})") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise PolicyError(f"{path} is not valid TOML: {error}") from None
         try:
             return cls.model_validate(raw)

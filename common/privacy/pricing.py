@@ -1,11 +1,11 @@
 """Price releases: from events to epsilon, and from a target epsilon to the noise it takes.
 
 Prices are privacy loss distributions (PLD; Koskela et al. 2020, Doroshenko et al. 2022) composed by
-dp_accounting for add/remove adjacency, rounded pessimistically: a true upper bound. Two accountants
-that share no code with it cross-check (`cross_check`): Renyi DP (Mironov 2017), which over-reports
-by 8-12 % for DP-SGD and so bounds from above, and privacy random variables (PRV; Gopi, Lee and
-Wutschitz 2021, package prv_accountant), which bound the true value from both sides. Gaussian DP's
-central limit approximation *under*-reports (6.09 where 6.59 is true for sigma 1, q .032, 1000
+dp_accounting for add/remove adjacency, rounded pessimistically: a true upper bound. Two others
+cross-check (`cross_check`): Renyi DP (Mironov 2017; another method of the same package), which
+over-reports by 8-12 % for DP-SGD and so bounds from above, and privacy random variables (PRV; Gopi,
+Lee and Wutschitz 2021), of another package, which bound the true value from both sides. Gaussian
+DP's central limit approximation *under*-reports (6.09 where 6.59 is true for sigma 1, q .032, 1000
 steps) and is refused.
 
 The events of one call must have been fixed before the first of them ran: PLD composes preset
@@ -37,6 +37,9 @@ Events = Iterable[ReleaseEvent] | Mapping[ReleaseEvent, int]
 LARGE = 500.0
 """Epsilon above which PLD's grid would take minutes and gigabytes, and no figure means anything:
 Renyi DP's bound, which is never below, is the price there."""
+
+_COMPOSITIONS = 10**6
+"""In all, above which PLD's rounding of each would swell the grid: RDP's bound there as well."""
 
 _LOSS_INTERVAL = 1e-3  # of the discretised PLD: 0.02 % above the price at 1e-4, 5-10 times faster
 _GRID = 1e-4  # noise multipliers are calibrated to, rounded up
@@ -82,7 +85,7 @@ def epsilon(events: Events, delta: float, accountant: Accountant = "pld") -> flo
 
 
 def epsilon_rdp(events: Events, delta: float) -> float:
-    """`epsilon` by Renyi DP: an upper bound that shares no code with PLD."""
+    """`epsilon` by Renyi DP: an upper bound by another method."""
     return epsilon(events, delta, "rdp")
 
 
@@ -121,8 +124,8 @@ class CrossCheck(NamedTuple):
     Attributes:
         pld: The price.
         rdp: By Renyi DP; never below the price.
-        prv_lower, prv_upper: Between them lies the true value, by PRV; 0 and infinity where the
-            price is above `LARGE` and PRV was not asked.
+        prv_lower, prv_upper: Between them lies the true value, by PRV; 0 and infinity where PRV
+            was not asked: above `LARGE`, and where it would take minutes.
     """
 
     pld: float
@@ -151,7 +154,7 @@ def cross_check(events: Events, delta: float) -> CrossCheck:
     events = dict(_merged(events))
     pld, rdp = epsilon(events, delta), epsilon(events, delta, "rdp")
     mechanisms = _mechanisms(events)
-    if mechanisms is None or pld > LARGE:
+    if mechanisms is None or pld > LARGE or not all(_fits_prv(q, n) for q, _, n in mechanisms):
         return CrossCheck(pld, rdp, 0.0, math.inf)
     if not mechanisms:
         return CrossCheck(0.0, 0.0, 0.0, 0.0)
@@ -243,7 +246,13 @@ def _at_order(mechanisms: tuple[_Mechanism, ...], delta: float, order: int) -> f
     return float(compute_epsilon([order], [divergence], delta)[0])
 
 
+def _fits_prv(sample_rate: float, count: int) -> bool:
+    return count <= 10**5 and sample_rate >= 1e-5
+
+
 def _is_large(mechanisms: tuple[_Mechanism, ...], delta: float) -> bool:
+    if sum(count for _, _, count in mechanisms) > _COMPOSITIONS:
+        return True
     return all(_at_order(mechanisms, delta, order) > LARGE for order in (2, 4, 16, 64))
 
 
@@ -277,7 +286,7 @@ def _prv(mechanisms: tuple[_Mechanism, ...], delta: float, error: float) -> tupl
         prvs=variables, max_self_compositions=counts, eps_error=error, delta_error=delta / 1000
     )
     lower, _, upper = accountant.compute_epsilon(delta, counts)
-    return max(0.0, float(lower)), float(upper)
+    return max(0.0, float(lower)), max(0.0, float(upper))
 
 
 @lru_cache(maxsize=4096)

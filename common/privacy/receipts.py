@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common.errors import FedwardError
 from common.identity import Identity, verify
-from common.privacy.lines import Hash
+from common.privacy.fields import Hash
 
 log = logging.getLogger("fedward")
 
@@ -29,7 +30,10 @@ class Receipt(BaseModel):
     Attributes:
         lines: Number of lines of the ledger, the head's included.
         head: SHA-256 of the last of them.
-        approvals: Studies approved so far, so that a restored backup can be told how many it lost.
+        approvals: Approvals so far, and `approvals_hash` the chain of what they set aside
+            (`common.privacy.lines.chained`): what a restored backup lost can be told exactly.
+        ancestors: SHA-256 of earlier lines, by number: 1, 2, 4, 8 … before the last, and the first.
+            They tell where a ledger that lost lines parted from the one that had them.
         epoch: Rises with every loss that was reconciled: line numbers are used again after one.
     """
 
@@ -40,6 +44,8 @@ class Receipt(BaseModel):
     lines: int = Field(ge=1)
     head: Hash
     approvals: int = Field(ge=0)
+    approvals_hash: Hash
+    ancestors: tuple[tuple[int, Hash], ...] = ()
     epoch: int = Field(default=0, ge=0)
     signature: Annotated[str, Field(pattern=r"^([0-9a-f]{128})?$")] = ""
 
@@ -79,6 +85,7 @@ class Receipts:
 
     def __init__(self, path: Path | None = None) -> None:
         self._path = path
+        self._mutex = threading.Lock()
         self._kept: dict[tuple[str, str], Receipt] = {}
         if path is not None and path.exists():
             try:
@@ -99,11 +106,11 @@ class Receipts:
         if (receipt.site, receipt.public_key) != (site, public_key) or not receipt.genuine:
             log.warning("a receipt that is said to be of site %s is not its own", site)
             return
-        before = self._kept.get((site, public_key))
-        if before is not None and before.place >= receipt.place:
-            return
-        self._kept[site, public_key] = receipt
-        self._save()
+        with self._mutex:
+            before = self._kept.get((site, public_key))
+            if before is None or before.place < receipt.place:
+                self._kept[site, public_key] = receipt
+                self._save()
 
     def latest(self, site: str) -> Receipt | None:
         """The furthest receipt of a site."""
@@ -118,7 +125,7 @@ class Receipts:
     def _save(self) -> None:
         if self._path is None:
             return
-        partial = self._path.with_name(f".{self._path.name}.partial")
+        partial = self._path.with_name(f".{self._path.name}.{os.getpid()}.partial")
         kept = [receipt.model_dump(mode="json") for receipt in self._kept.values()]
         partial.write_text(json.dumps(kept, indent=1))
         os.replace(partial, self._path)

@@ -13,7 +13,12 @@ from common.privacy.receipts import Receipt, Receipts, read_receipts
 
 def make(key: Identity, lines: int, site: str = "a") -> Receipt:
     return Receipt(
-        site=site, public_key=key.public, lines=lines, head=f"{lines:064x}", approvals=1
+        site=site,
+        public_key=key.public,
+        lines=lines,
+        head=f"{lines:064x}",
+        approvals=1,
+        approvals_hash="0" * 64,
     ).sealed(key)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from pydantic import ValidationError
 
 from common.errors import FedwardError, StudyError
 from common.privacy.pricing import epsilon
@@ -122,3 +123,25 @@ def test_unknown_suggests_the_nearest() -> None:
     assert "did you mean 'hospital_mortality'" in str(
         unknown("task", "hospital_mortalty", ["hospital_mortality", "readmission"])
     )
+
+
+@pytest.mark.parametrize("hidden", ["\x1b[2K", "\u202e", "\r", "\u2028"])
+def test_a_text_cannot_rewrite_what_a_person_reads(hidden: str) -> None:
+    """A review prints the study's texts on the approver's terminal."""
+    raw = Study.from_toml(TOML).model_dump(mode="json")
+    for change in (
+        {"description": f"plain{hidden}"},
+        {"tasks": {"hospital_mortality": {"description": f"x{hidden}"}}},
+        {"model": {"slm": f"./folder{hidden}"}},
+    ):
+        with pytest.raises(ValidationError, match="control character"):
+            Study.model_validate({**raw, **change})
+
+
+def test_numbers_that_have_no_meaning_are_refused() -> None:
+    raw = Study.from_toml(TOML).model_dump(mode="json")
+    with pytest.raises(ValidationError, match="finite"):
+        Study.model_validate({**raw, "training": {"weight_decay": float("inf")}})
+    federation = {**raw["federation"], "rounds": 100_000}
+    with pytest.raises(ValidationError, match="more than a study may have"):
+        Study.model_validate({**raw, "federation": federation})

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -104,11 +105,13 @@ class Outcome:
 
     Attributes:
         answers: Packed answers that arrived, by request digest; each is a release.
+        kinds: Of the request of each.
         landed: How often the kill came before the answer did.
         lost: Requests that were charged and whose answer was lost.
     """
 
     answers: dict[str, bytes] = field(default_factory=dict)
+    kinds: Counter[str] = field(default_factory=Counter)
     landed: int = 0
     lost: int = 0
     torn: int = 0
@@ -205,6 +208,7 @@ class Killer:
             return None
         answer = open_envelope(Envelope.unpack(packed), Answer, [self.site_key])
         if answer.refusal is None and request.kind in ("train", "evaluate"):
+            self.outcome.kinds[request.kind] += answer.request_digest not in self.outcome.answers
             self.outcome.answers[answer.request_digest] = packed
         if answer.refusal is None:
             self.receipts.append(Receipt.model_validate(answer.body["receipt"]))

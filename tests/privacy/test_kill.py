@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from common.privacy.book import Book
+from common.privacy.pricing import epsilon_by_population
 
 KILLS = int(os.environ.get("FEDWARD_KILLS", "20"))
 
@@ -30,7 +31,13 @@ def test_killed_at_any_moment_every_release_was_charged(
     assert outcome.landed >= KILLS // 4, "most kills came after the answer: they prove nothing"
     assert charged.total() >= len(outcome.answers)
     # Never under-reported: the price of the ledger is at least that of what came out.
-    assert book.epsilon(1e-3, study.hash)["train"] > 0
+    came = {
+        study.round_event("a"): outcome.kinds["train"],
+        study.evaluation_event(): outcome.kinds["evaluate"],
+    }
+    spent = book.epsilon(1e-3, study.hash)
+    for population, price in epsilon_by_population(came, 1e-3).items():
+        assert spent[population] >= price > 0
     for name in ("landed", "lost", "torn"):
         record_property(name, getattr(outcome, name))
     record_property("answers", len(outcome.answers))

@@ -19,21 +19,23 @@ from common.errors import PrivacyError, Refusal
 from common.identity import Identity
 from common.messages import Request
 from common.privacy import chain
-from common.privacy.book import Book, LedgerError
+from common.privacy.book import Book, LedgerError, reserves
 from common.privacy.decisions import decide
 from common.privacy.ledger import Ledger, planned
 from common.privacy.lifetime import Cap, Lifetime
 from common.privacy.lines import (
     Decision,
     KeyRotated,
+    Reconciled,
     Released,
     StudyApproved,
     StudyRevoked,
     body_of,
+    reserve_hash,
     signed,
 )
 from common.privacy.policy import SENTENCE, Policy
-from common.privacy.pricing import epsilon
+from common.privacy.receipts import Receipt
 from common.study import Study, resolve
 
 DELTA = 1e-5
@@ -92,6 +94,10 @@ class Site:
         self, verdict: Any, study: Study = STUDY, key: Identity | None = None, **terms: Any
     ) -> Decision:
         ledger = self.ledger.book.ledger_id
+        if runs := terms.pop("runs", 0):
+            terms["reserve"] = reserve_hash(
+                study.hash, study.privacy.delta, runs, reserves(planned(study, "a", runs))
+            )
         return decide(key or self.officer, "officer", verdict, ledger, study.hash, **terms)
 
     def charge(self, round_: int = 1, study: Study = STUDY, kind: Any = "train") -> Released:
@@ -129,7 +135,7 @@ def test_nothing_is_released_before_a_person_approved(site: Site) -> None:
     decision = site.decide("approve", key=stranger, runs=1)
     with pytest.raises(LedgerError, match="does not let 'officer' decide with this key"):
         site.ledger.approve(STUDY, decision=decision)
-    other = site.decide("approve", runs=9)
+    other = site.decide("approve", runs=9)  # another reserve than that of one run
     with pytest.raises(LedgerError, match="did not sign this decision"):
         site.ledger.approve(STUDY, decision=other)
     assert not Book.read(site.path).studies, "what is refused is not written"
@@ -163,6 +169,46 @@ def test_a_decision_serves_once_and_in_no_other_ledger(site: Site, tmp_path: Pat
     other.ledger = other.open()
     with pytest.raises(LedgerError, match="did not sign this decision"):
         other.ledger.approve(STUDY, decision=site.decide("approve", runs=1))
+
+
+def test_an_overtaken_decision_and_an_expired_one_are_refused(site: Site) -> None:
+    stale = site.decide("approve", runs=1)
+    time.sleep(0.002)
+    site.approve()
+    site.revoke()
+    with pytest.raises(LedgerError) as found:
+        site.ledger.approve(STUDY, decision=stale)
+    assert found.value.rule == "decision-stale"
+    past = "2020-01-01T00:00:00.000+00:00"
+    late = site.decide("approve", OTHER, runs=1, expires=past)
+    with pytest.raises(LedgerError, match="has expired already"):
+        site.ledger.approve(OTHER, expires=past, decision=late)
+
+
+def test_what_was_approved_before_lines_were_signed_needs_a_person_again(tmp_path: Path) -> None:
+    """Anybody can write a ledger of schema 1; nobody's approval stands in it."""
+    folder = tmp_path / "a"
+    folder.mkdir()
+    golden = Path(__file__).parent.parent / "common" / "ledgers" / "schema1.jsonl"
+    (folder / "ledger.jsonl").write_bytes(golden.read_bytes())
+    site = Site(folder, cap=1000.0, without_privacy=SENTENCE)
+    accounts = site.ledger.book.studies.values()
+    assert {account.closed for account in accounts} == {"undecided"}
+    assert site.ledger.book.epsilon(DELTA)["train"] > 7, "what was spent stays spent"
+
+
+def test_under_the_sum_a_revoked_study_stays_counted_whole(tmp_path: Path) -> None:
+    """When it stopped may depend on what it said: PLD of its steps so far is no price."""
+    cap = Cap(epsilon=4.0, delta=2 * DELTA, rule="sum")
+    site = Site(tmp_path, lifetime=Lifetime(train=cap, validation=cap))
+    site.approve()
+    site.charge(1)
+    before = site.ledger.book.lifetime("train")
+    site.revoke()
+    assert site.ledger.book.lifetime("train") == before
+    site.approve(OTHER)
+    with pytest.raises(Refusal, match="delta 3e-05"):
+        site.approve(make_study("third", epsilon=0.1))
 
 
 def test_an_expired_approval_releases_nothing_more(site: Site) -> None:
@@ -408,31 +454,58 @@ def test_a_receipt_must_be_the_sites_own(site: Site, tmp_path: Path) -> None:
     assert site.ledger.behind is None, "nobody can stop a hospital without its key"
 
 
-def test_reconciling_counts_every_reserve_as_spent(site: Site) -> None:
+class Loss:
+    """A site, restored to what it was at some moment, and the receipts that it gave since."""
+
+    def __init__(self, folder: Path) -> None:
+        self.site = Site(folder, cap=1000.0)
+
+    def backup(self) -> bytes:
+        return self.site.path.read_bytes()
+
+    def restore(self, backup: bytes, *receipts: Receipt) -> None:
+        self.site.path.write_bytes(backup)
+        self.site.path.with_name("ledger.head").unlink()
+        self.site.ledger = self.site.open()
+        for receipt in receipts:
+            self.site.ledger.compare(receipt)
+
+    def counted(self, study: Study) -> int:
+        """Training releases of a study that the ledger counts as spent."""
+        return self.site.ledger.book.events("train", study.hash).total()
+
+
+@pytest.fixture
+def loss(tmp_path: Path) -> Loss:
+    return Loss(tmp_path / "a")
+
+
+OTHER = make_study("other", epsilon=1.0)
+
+
+def test_what_lost_lines_may_have_released_is_counted_on_top(loss: Loss) -> None:
+    site = loss.site
     site.approve()
     site.charge(1)
-    backup = site.path.read_bytes()
-    site.charge(2)
-    another = make_study("another", epsilon=1.0)
-    site.approve(another)
-    site.charge(1, another)
-    spent = {s.hash: site.ledger.book.epsilon(DELTA, s.hash)["train"] for s in (STUDY, another)}
+    backup = loss.backup()
+    site.charge(2)  # lost
+    site.approve(OTHER, runs=3)  # lost, with a run of it
+    site.charge(1, OTHER)
     receipt = site.ledger.receipt()
-
-    site.path.write_bytes(backup)
-    site.ledger = site.open()
-    with pytest.raises(PrivacyError, match="hold 1 approvals, 0 of them are given"):
-        site.ledger.reconcile()
-    site.ledger.reconcile([another])
-    book = Book.read(site.path)
-    for study in (STUDY, another):
-        whole = epsilon(planned(study, "a", 1), DELTA)
-        assert book.epsilon(DELTA, study.hash)["train"] >= spent[study.hash]
-        reserve = {e: n for e, n in planned(study, "a", 1).items() if e.population == "train"}
-        assert book.epsilon(DELTA, study.hash)["train"] == pytest.approx(epsilon(reserve, DELTA))
-        assert whole > 0
-    assert book.holds(receipt)
+    loss.restore(backup, receipt)
+    for wrong in ([], [(OTHER, 1)], [(OTHER, 3), (OTHER, 3)], [(STUDY, 3)]):
+        with pytest.raises(LedgerError, match="not exactly these are given") as found:
+            site.ledger.reconcile(wrong)
+        assert found.value.rule == "loss-understated"
+    site.ledger.reconcile([(OTHER, 3)])
+    # One charged here; two that may have been there, or three: where the histories parted is known
+    # to within a few lines.
+    assert 1 + 2 <= loss.counted(STUDY) <= 1 + 3
+    assert loss.counted(OTHER) == 3 * 3
     assert code_of(lambda: site.charge(3)) == "study-revoked"
+    book = Book.read(site.path)
+    assert book.holds(receipt)
+    assert {a.closed for a in book.studies.values()} == {"reconciled"}
     site.approve()
     site.charge(3)
     site.ledger = site.open()
@@ -441,35 +514,109 @@ def test_reconciling_counts_every_reserve_as_spent(site: Site) -> None:
         site.ledger.reconcile()
 
 
-def test_lines_lost_after_a_reconciliation_are_not_covered_by_it(site: Site) -> None:
-    """Line numbers are used again, so a receipt says in which epoch it was given."""
+def test_lines_written_after_the_loss_hide_nothing_of_it(loss: Loss) -> None:
+    """The restored site goes on, approves and releases, before anybody shows a receipt."""
+    site = loss.site
     site.approve()
-    first = site.path.read_bytes()
+    backup = loss.backup()
+    for number in (1, 2):
+        site.charge(number)
+    site.approve(OTHER)
+    receipt = site.ledger.receipt()
+    loss.restore(backup)
     for number in (1, 2, 3):
         site.charge(number)
-    old = site.ledger.receipt()
-    site.path.write_bytes(first)
-    site.ledger = site.open()
-    site.ledger.reconcile()
-    site.approve()
-    second = site.path.read_bytes()
-    site.charge(4)
-    new = site.ledger.receipt()
-    assert new.lines <= old.lines + 2
-    assert (old.epoch, new.epoch) == (0, 1)
+    third = make_study("third", epsilon=0.7)
+    site.approve(third)
+    site.ledger.compare(receipt)
+    with pytest.raises(LedgerError, match="the receipt counts"):
+        site.ledger.reconcile([(third, 1)])
+    site.ledger.reconcile([(OTHER, 1)])
+    assert loss.counted(STUDY) == 3 + 3, "three here, and three that may have been there"
+    assert loss.counted(OTHER) == 3
 
-    site.path.write_bytes(second)
-    site.path.with_name("ledger.head").unlink()
-    site.ledger = site.open()
-    site.ledger.compare(old)
-    assert site.ledger.behind is None
-    site.ledger.compare(new)
-    assert code_of(lambda: site.charge(5)) == "ledger-behind"
+
+def test_two_lost_histories_are_both_counted(loss: Loss) -> None:
+    site = loss.site
+    site.approve()
+    backup = loss.backup()
+    site.charge(1)
+    site.approve(OTHER)
+    longer = site.ledger.receipt()
+    loss.restore(backup)
+    site.charge(1)
+    shorter = site.ledger.receipt()
+    loss.restore(backup, shorter, longer)
+    assert site.ledger.behind == longer
+    site.ledger.reconcile([(OTHER, 1)])
+    assert site.ledger.behind == shorter, "a receipt is covered by itself alone"
     site.ledger.reconcile()
-    assert site.ledger.book.epoch == 2
-    site.ledger.compare(old)
-    site.ledger.compare(new)
     assert site.ledger.behind is None
+    assert loss.counted(STUDY) == 3 + 3
+
+
+def test_a_second_approval_that_was_lost_counts_with_its_runs(loss: Loss) -> None:
+    site = loss.site
+    site.approve()
+    backup = loss.backup()
+    site.approve(runs=4)
+    receipt = site.ledger.receipt()
+    loss.restore(backup, receipt)
+    with pytest.raises(LedgerError):
+        site.ledger.reconcile([(OTHER, 1)])
+    site.ledger.reconcile([(STUDY, 4)])
+    assert loss.counted(STUDY) >= 4 * 3
+
+
+def test_a_loss_cannot_be_made_up(loss: Loss) -> None:
+    """Who holds the site's key cannot declare lines lost, nor leave out what they approved."""
+    site = loss.site
+    site.approve()
+    backup = loss.backup()
+    site.charge(1)
+    site.approve(OTHER)
+    receipt = site.ledger.receipt()
+    loss.restore(backup)
+    stranger = receipt.model_copy(update={"public_key": site.officer.public}).sealed(site.officer)
+    for made_up, rule in (
+        (stranger, "loss-unproven"),
+        (receipt.model_copy(update={"lines": 10**9}), "loss-unproven"),
+        (site.ledger.receipt(), "loss-unproven"),
+        (receipt, "loss-understated"),
+    ):
+        kept = site.path.read_bytes()
+        site.forge(Reconciled, receipt=made_up, lost=())
+        with pytest.raises(LedgerError) as found:
+            Book.read(site.path)
+        assert found.value.rule == rule
+        site.path.write_bytes(kept)
+
+
+def test_a_loss_is_remembered_whatever_fails(loss: Loss, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = loss.site
+    site.approve()
+    backup = loss.backup()
+    site.charge(1)
+    receipt = site.ledger.receipt()
+    loss.restore(backup)
+
+    def full(self: Ledger, receipt: Receipt) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "_keep_receipt", full)
+        with pytest.raises(OSError, match="No space"):
+            site.ledger.compare(receipt)
+    assert code_of(lambda: site.charge(2)) == "ledger-behind"
+    site.path.with_name("ledger.receipts").write_text('{"site":"a","lin')  # torn
+    site.ledger = site.open()
+    site.ledger.compare(receipt)
+    site.ledger = site.open()
+    assert code_of(lambda: site.charge(2)) == "ledger-behind"
+    for damage in ("", "{", '{"site":"a"}'):
+        site.path.with_name("ledger.head").write_text(damage)
+        with pytest.raises(PrivacyError, match="is damaged"):
+            site.open()
 
 
 # -- disks ------------------------------------------------------------------------------------

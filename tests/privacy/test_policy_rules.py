@@ -84,6 +84,41 @@ def test_what_the_policy_forbids_can_be_neither_approved_nor_run(
     assert lenient.charges() == []
 
 
+def test_the_cap_of_one_study_holds_over_all_that_it_ever_released(
+    ward: ModuleType, tmp_path: Path, study: Any
+) -> None:
+    """Revoking and approving anew does not begin anew."""
+    world = ward.Ward(tmp_path, simulated=False, study=PerStudy(epsilon=9.0, delta=1e-3))
+    world.approve(study)
+    initial = world.prepared(study)
+    for number in (1, 2):
+        assert world.ask(world.request("train", study, number), initial)[0].refusal is None
+    world.revoke(study)
+    shown = review(world.hospitals["a"], study)
+    assert [d.code for d in shown.demands if not d.holds] == ["study-too-costly"]
+    assert shown.price["train"] > 9.0
+    runs = review(ward.Ward(tmp_path / "two", simulated=False).hospitals["a"], study, 2)
+    assert runs.price["train"] > study.privacy.epsilon * 1.2, "two runs cost more than one"
+
+
+def test_an_unapproved_study_costs_the_daemon_nothing(
+    ward: ModuleType, tmp_path: Path, study: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a coordinator asks for is worked out only once a person let it in."""
+    world = ward.Ward(tmp_path, simulated=False)
+
+    def costly(*_: object) -> None:
+        raise AssertionError("priced")
+
+    monkeypatch.setattr("client.site.daemon.demands.epsilon_by_population", costly)
+    monkeypatch.setattr("client.site.daemon.hospital.encode_site", costly)
+    receipt = {**world.hospitals["a"].ledger.receipt().model_dump(mode="json"), "site": "b"}
+    assert refusal(world, study) == "study-unapproved"
+    asked = world.request("prepare", study, receipts=(receipt,))
+    assert world.ask(asked)[0].refusal == "study-unapproved"
+    assert not (tmp_path / "sites" / "a" / "witness.json").exists()
+
+
 def test_encoders_and_models_named_by_hash_may_run(
     ward: ModuleType, tmp_path: Path, study: Any
 ) -> None:

@@ -193,3 +193,13 @@ def test_a_noise_that_protects_nobody_is_priced_in_no_time(noise):
     assert price > LARGE
     assert math.isinf(price) or price >= (1 / noise - 4.3) / (2 * noise)
     assert cross_check([event], DELTA).agree
+
+
+@pytest.mark.parametrize(
+    ("rate", "noise", "count"), [(0.01, 100.0, 10**10), (0.5, 1e6, 10**10), (1e-9, 1.0, 10**6)]
+)
+def test_nothing_that_a_coordinator_may_ask_takes_long_to_price(rate, noise, count):
+    """PLD would swell to gigabytes, PRV take minutes: a bound stands in."""
+    events = [steps(noise, count, rate)]
+    assert 0 <= epsilon(events, DELTA) <= epsilon_rdp(events, DELTA) * (1 + 1e-3) + 0.01
+    assert cross_check(events, DELTA).agree

@@ -79,6 +79,7 @@ class FakeSites:
                     "slm": {"name": "nano", "revision": None, "sha256": "00", "embedded": True},
                     "lora": None,
                     "designated": [3],
+                    "logits": "of a head",
                     "dims": {"age": 3},
                 },
                 "encoders": {"age": "demographics"},

@@ -25,6 +25,7 @@ SPEC = {
     "bytes": 176,
     "slm": {"name": "nano", "revision": None, "sha256": "00", "embedded": True},
     "designated": [3, 5],
+    "logits": "of a head",
     "dims": {"lab": 11},
     "lora": None,
 }

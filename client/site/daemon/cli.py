@@ -80,16 +80,26 @@ def status(
 def metrics(state: StateFolder) -> None:
     """Shows the exact metrics of the latest evaluation. They must stay in the hospital."""
     releases = sorted(
-        (state / "exact").glob("release-*.json"), key=lambda p: int(p.stem.partition("-")[2])
+        (p for p in (state / "exact").glob("release-*.json") if p.stem[8:].isdigit()),
+        key=lambda p: int(p.stem[8:]),
     )
     if not releases:
         raise FedwardError(
             f"no exact metrics in {state}", cure="they appear after the first evaluation"
         )
-    found = json.loads(releases[-1].read_text())
+    try:
+        _show_metrics(releases[-1])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise FedwardError(
+            f"{releases[-1]} holds no metrics", cure="remove it; the next evaluation writes anew"
+        ) from None
+
+
+def _show_metrics(path: Path) -> None:
+    found = json.loads(path.read_text())
     names = ("auroc", "auprc", "precision", "recall", "f1")
     table = Table(
-        title=f"evaluation {releases[-1].stem.partition('-')[2]}: {found['patients']} patients, "
+        title=f"evaluation {path.stem.partition('-')[2]}: {found['patients']} patients, "
         f"{found['records']} records",
         title_justify="left",
         caption="below each value its 95 % interval",

@@ -96,29 +96,33 @@ class DaemonConfig(_Part):
             ConfigError: One message naming every wrong key.
         """
         path = Path(path)
+        base = path.absolute().parent
+
+        def placed(value: str | Path) -> Path:
+            try:
+                return base / Path(value).expanduser()
+            except RuntimeError:  # ~nobody
+                raise ConfigError(f"{path}: there is no home folder for '{value}'") from None
+
         try:
             raw = tomllib.loads(path.read_text())
         except OSError as error:
             raise ConfigError(f"cannot read {path} ({error.strerror})") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path} is not valid TOML: {error}") from None
-        base = path.absolute().parent
-        for site in raw.get("sites", ()):
+        sites = raw.get("sites")
+        for site in sites if isinstance(sites, list) else ():
             if isinstance(site, dict) and isinstance(site.get("policy"), str):
-                site["policy"] = Policy.load(base / Path(site["policy"]).expanduser())
+                site["policy"] = Policy.load(placed(site["policy"]))
         try:
             config = cls.model_validate(raw)
         except ValidationError as error:
             raise ConfigError(f"{path}: {explain(error)}", cure="see docs/policy.md") from None
-
-        def placed(value: Path) -> Path:
-            return base / value.expanduser()
-
-        sites = tuple(
+        there = tuple(
             site.model_copy(update={"shard": placed(site.shard), "state": placed(site.state)})
             for site in config.sites
         )
-        return config.model_copy(update={"socket": placed(config.socket), "sites": sites})
+        return config.model_copy(update={"socket": placed(config.socket), "sites": there})
 
     def to_toml(self) -> str:
         """The file that `load` reads back."""

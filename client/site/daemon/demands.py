@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from common.errors import Refusal
-from common.privacy.ledger import planned
+from common.privacy.events import ReleaseEvent
 from common.privacy.policy import Policy
 from common.privacy.pricing import epsilon_by_population
 from common.study import Study
@@ -42,12 +42,16 @@ class Demand:
 
 
 def demands(
-    policy: Policy, site: str, public_key: str, study: Study, runs: int
+    policy: Policy,
+    site: str,
+    public_key: str,
+    study: Study,
+    committed: Mapping[ReleaseEvent, int],
 ) -> Iterator[Demand]:
     """The policy on a study, in the order in which the guard asks; touches no data.
 
     Args:
-        runs: How often the study may spend its reserve here.
+        committed: All that the study released here, and may still release if it is let run.
     """
     named = study.federation.sites.get(site)
     yield Demand(
@@ -113,13 +117,14 @@ def demands(
         "resolve the study again",
     )
     if policy.study is not None:
-        price = max(epsilon_by_population(planned(study, site, runs), delta).values())
+        price = max(epsilon_by_population(committed, delta).values(), default=0.0)
         yield Demand(
             "study-too-costly",
-            price <= policy.study.epsilon * _ROUNDING and delta <= policy.study.delta,
+            price <= policy.study.epsilon and delta <= policy.study.delta,
             f"one study may cost ε {policy.study.epsilon:g} at δ {policy.study.delta:g}",
-            f"study '{study.name}' costs epsilon {price:.3f} at delta {delta:g}; the policy allows "
-            f"one study {policy.study.epsilon:g} at {policy.study.delta:g}",
+            f"study '{study.name}' costs epsilon {price:.3f} at delta {delta:g}, with all that it "
+            f"released before; the policy allows one study {policy.study.epsilon:g} at "
+            f"{policy.study.delta:g}",
             "ask for a smaller epsilon, delta or number of runs",
         )
 
@@ -129,7 +134,7 @@ def model_demands(policy: Policy, encoders: Mapping[str, str], slm: str) -> Iter
 
     Args:
         encoders: SHA-256 by source; a source of precomputed vectors runs none and has "".
-        slm: SHA-256 of the language model.
+        slm: SHA-256 of the language model; "" where the system has none.
     """
     if policy.encoders is not None:
         other = sorted(n for n, sha in encoders.items() if sha and sha not in policy.encoders)
@@ -144,7 +149,7 @@ def model_demands(policy: Policy, encoders: Mapping[str, str], slm: str) -> Iter
     if policy.slms is not None:
         yield Demand(
             "slm-forbidden",
-            slm in policy.slms,
+            not slm or slm in policy.slms,
             "the policy names its language model by hash",
             f"the policy does not name the language model {slm}",
             "add its hash to policy.slms once it is trusted",

@@ -115,10 +115,11 @@ class Guard:
                 cure="install the same version of Fedward on both sides",
             )
         study = _study(request)
-        hospital.witness(study, _receipts(request))
-        hospital.demand(study)
-        if not hospital.virtual:
+        hospital.compare(_receipts(request))
+        if not hospital.virtual:  # before anything is worked out for it
             hospital.ledger.check_open(study)
+        hospital.demand(study)
+        hospital.witness(study, _receipts(request))
         body = hospital.prepare(study)
         if hospital.virtual:  # lets every run in: virtual patients lose nothing, but it is counted
             charged = {line.run for line in hospital.ledger.book.released(study.hash)}

@@ -35,7 +35,7 @@ from client.site.encoders.run import EncodeProgress, Populations, encode_site, v
 from client.site.encoders.vault import Vault
 from client.site.shard.shard import Shard
 from common.errors import PrivacyError, Refusal
-from common.fingerprint import code_hash
+from common.fingerprint import software_hash
 from common.messages import Arrays, Request
 from common.privacy.ledger import Ledger
 from common.privacy.receipts import Receipt, Receipts
@@ -105,7 +105,7 @@ class Hospital:
         self.state.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.identity = open_identity(self.state, self.name)
         self.ledger = Ledger.open(self.state / LEDGER, self.name, self.identity, virtual=simulated)
-        self.ledger.settle_software(version("fedward"), code_hash())
+        self.ledger.settle_software(version("fedward"), software_hash())
         self.ledger.settle_policy(self.policy)
         self.witnessed = Receipts(self.state / "witness.json")
         self.answers = Answers(self.state / "answers")
@@ -195,9 +195,8 @@ class Hospital:
             spent[population] = math.inf  # whatever the study: nothing takes it back
         return {name: e if math.isfinite(e) else None for name, e in spent.items()}
 
-    def witness(self, study: Study, receipts: Sequence[Receipt]) -> None:
-        """Takes in receipts that the coordinator keeps: its own ledger's it must hold, those of
-        the study's other sites it keeps for whoever audits them.
+    def compare(self, receipts: Sequence[Receipt]) -> None:
+        """Holds the receipts that the coordinator keeps of this site against the ledger.
 
         Raises:
             Refusal: `receipt-foreign`.
@@ -208,7 +207,12 @@ class Hospital:
                     self.ledger.compare(receipt)
                 except PrivacyError as error:
                     raise Refusal("receipt-foreign", str(error)) from None
-            elif site := study.federation.sites.get(receipt.site):
+
+    def witness(self, study: Study, receipts: Sequence[Receipt]) -> None:
+        """Keeps the receipts of the study's other sites, for whoever audits them."""
+        for receipt in receipts:
+            site = study.federation.sites.get(receipt.site)
+            if site is not None and receipt.site != self.name:
                 key = site.public_key or receipt.public_key
                 self.witnessed.take(receipt.site, key, receipt.model_dump(mode="json"))
 
@@ -217,8 +221,8 @@ class Hospital:
     def demand(self, study: Study) -> None:
         """The policy on a study. Raises the refusal of the first condition that is not met."""
         account = self.ledger.book.studies.get(study.hash)
-        runs = account.runs if account and not self.virtual else 1
-        for found in demands(self.policy, self.name, self.identity.public, study, runs):
+        committed = account.committed if account else {}
+        for found in demands(self.policy, self.name, self.identity.public, study, committed):
             found.insist()
 
     def training_patients(self, study: Study) -> int:
@@ -252,10 +256,10 @@ class Hospital:
         Returns:
             Embeddings that were destroyed.
         """
+        self.ledger.erase(self._commitment(patient_id))  # first: a crash must not bring them back
         if self._vault is None:
             self._vault = Vault.open(self.state / "vault")
         count = self._vault.forget(patient_id)
-        self.ledger.erase(self._commitment(patient_id))
         self._prepared.clear()
         return count
 

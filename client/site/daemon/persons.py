@@ -15,6 +15,7 @@ from client.site.daemon.config import DaemonConfig, SiteConfig
 from client.site.daemon.state import LEDGER, open_identity
 from common.errors import FedwardError, PrivacyError
 from common.identity import Identity
+from common.privacy.chain import sync_folder
 from common.privacy.decisions import decide
 from common.privacy.ledger import Ledger
 from common.privacy.receipts import read_receipts
@@ -105,7 +106,7 @@ def approve(
         "approve",
         hospital.ledger.book.ledger_id,
         reviewed.study.hash,
-        runs=runs,
+        reserve=reviewed.reserve,
         expires=expires,
     )
     sign_in(hospital, reviewed, decision, expires)
@@ -173,19 +174,21 @@ def reconcile(
         list[Path] | None, typer.Option("--receipt", help="Receipts to hold the ledger against.")
     ] = None,
     studies: Annotated[
-        list[str] | None, typer.Option("--study", help="Studies approved in the lost lines.")
+        list[str] | None,
+        typer.Option(
+            "--study", help="Each lost approval, in its order: STUDY, or STUDY:RUNS for more runs."
+        ),
     ] = None,
 ) -> None:
-    """Goes on after lines were lost (a restored backup): all that was or may have been approved
-    counts as spent to the end."""
+    """Goes on after lines were lost (a restored backup): all that they may have released counts as
+    spent, and every study needs a new approval."""
     ledger = _ledger(_site(config, site))
     for given in read_receipts(receipts or []):
         ledger.compare(given)
-    line = ledger.reconcile([_resolved(study) for study in studies or []])
-    names = ", ".join(assumed.name for assumed in line.assumed) or "none"
+    line = ledger.reconcile([_with_runs(study) for study in studies or []])
     Console().print(
-        f"reconciled with line {line.receipt_lines}; counted as spent to the end: {names}. Every "
-        "study needs a new approval.",
+        f"reconciled with line {line.receipt.lines}; all that the lost lines may have released "
+        "counts as spent. Every study needs a new approval; restart the daemon.",
         highlight=False,
     )
 
@@ -200,6 +203,7 @@ def rotate_key(config: Config = Path("site.toml"), site: SiteName = None) -> Non
     except PrivacyError:  # a rotation that was cut short has the new key in the ledger already
         Ledger.open(chosen.state / LEDGER, chosen.name, fresh)
     os.replace(fresh_path, current)
+    sync_folder(chosen.state)
     Console().print(f"the site's key is now {fresh.public}", highlight=False, soft_wrap=True)
 
 
@@ -261,6 +265,13 @@ def _person(approvers: dict[str, str], name: str, key: Path) -> Identity:
 def _resolved(study: str) -> Study:
     loaded = Study.load(study)
     return loaded if loaded.resolved else resolve(loaded)
+
+
+def _with_runs(text: str) -> tuple[Study, int]:
+    name, colon, runs = text.rpartition(":")
+    if colon and runs.isdigit() and int(runs):
+        return _resolved(name), int(runs)
+    return _resolved(text), 1
 
 
 def _is_hash(text: str) -> bool:

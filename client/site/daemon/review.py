@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -9,11 +10,11 @@ from client.site.daemon.demands import Demand, demands, model_demands
 from client.site.daemon.hospital import Hospital
 from client.site.encoders.registry import dimensions, fingerprints
 from common.errors import EncoderError, ModelError
-from common.privacy.book import POPULATIONS
+from common.privacy.book import POPULATIONS, reserves
 from common.privacy.events import Population
 from common.privacy.ledger import planned
 from common.privacy.lifetime import Commitment, Spending
-from common.privacy.lines import Decision
+from common.privacy.lines import Decision, reserve_hash
 from common.privacy.pricing import epsilon_by_population
 from common.study import Study
 
@@ -23,8 +24,10 @@ class Review:
     """What a person decides on.
 
     Attributes:
+        reserve: Hash of what an approval sets aside: part of what a person signs.
         demands: Everything that must hold, and whether it does.
-        price: ε of the whole study by population, at its delta, by PLD.
+        price: ε of the whole study by population, at its delta, by PLD; with all that it released
+            here before.
         before, after: Lifetime spending without and with the study; None without a cap.
         patients: Training patients here; the number stays here.
         parameters: Trainable ones, that is numbers in each training answer; None where the models
@@ -35,6 +38,7 @@ class Review:
 
     study: Study
     runs: int
+    reserve: str
     demands: tuple[Demand, ...]
     price: Mapping[str, float]
     before: Mapping[Population, Spending | None]
@@ -63,7 +67,14 @@ def review(hospital: Hospital, study: Study, runs: int = 1) -> Review:
         FedwardError: The shard cannot be read.
     """
     hospital.ledger.refresh()
-    found = list(demands(hospital.policy, hospital.name, hospital.identity.public, study, runs))
+    account = hospital.ledger.book.studies.get(study.hash)
+    named = hospital.name in study.federation.sites
+    wanted = planned(study, hospital.name, runs) if named and study.resolved else Counter()
+    more = account.more(wanted) if account else wanted
+    committed = account.committed + more if account else wanted
+    found = list(
+        demands(hospital.policy, hospital.name, hospital.identity.public, study, committed)
+    )
     for demand in found[:2]:  # named here, and resolved: the rest builds on it
         demand.insist()
     patients = hospital.training_patients(study)
@@ -78,7 +89,11 @@ def review(hospital: Hospital, study: Study, runs: int = 1) -> Review:
         found += model_demands(hospital.policy, encoders, slm)
     except (EncoderError, ModelError) as error:
         found.append(Demand("model-invalid", False, "its models are on this machine", str(error)))
-    before, after = _spending(hospital, study, runs)
+    book, delta = hospital.ledger.book, study.privacy.delta
+    before = {population: book.lifetime(population) for population in POPULATIONS}
+    after = {
+        population: book.lifetime(population, Commitment(delta, more)) for population in POPULATIONS
+    }
     for population, spending in after.items():
         if spending is not None:
             found.append(
@@ -94,8 +109,9 @@ def review(hospital: Hospital, study: Study, runs: int = 1) -> Review:
     return Review(
         study=study,
         runs=runs,
+        reserve=reserve_hash(study.hash, delta, runs, reserves(wanted)),
         demands=tuple(found),
-        price=epsilon_by_population(planned(study, hospital.name, runs), study.privacy.delta),
+        price=epsilon_by_population(committed, delta),
         before=before,
         after=after,
         patients=patients,
@@ -120,15 +136,3 @@ def approve(hospital: Hospital, reviewed: Review, decision: Decision, expires: s
         demand.insist()
     hospital.fix_split(reviewed.study)
     hospital.ledger.approve(reviewed.study, runs=reviewed.runs, expires=expires, decision=decision)
-
-
-def _spending(
-    hospital: Hospital, study: Study, runs: int
-) -> tuple[dict[Population, Spending | None], dict[Population, Spending | None]]:
-    book, wanted = hospital.ledger.book, planned(study, hospital.name, runs)
-    account = book.studies.get(study.hash)
-    more = Commitment(study.privacy.delta, account.more(wanted) if account else wanted)
-    return (
-        {population: book.lifetime(population) for population in POPULATIONS},
-        {population: book.lifetime(population, more) for population in POPULATIONS},
-    )

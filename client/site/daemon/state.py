@@ -18,7 +18,8 @@ def open_identity(state: Path, site: str) -> Identity:
         PrivacyError: Ledger or key is gone, though the folder shows that it was there. Neither is
             begun anew: what was released could no longer be counted, or be shown to be counted.
     """
-    there = (state / LEDGER).exists()
+    ledger = state / LEDGER
+    there = ledger.exists() and ledger.stat().st_size > 0
     if not there and any((state / name).exists() for name in ("population.key", "ledger.head")):
         raise PrivacyError(
             f"the ledger of site '{site}' is gone from {state}: what was released can no longer be "

@@ -7,11 +7,13 @@ another record enters, so a patient's gradient is defined and can be clipped.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from client.site.model.fusion.base import RiskModel
 from common.study import Study
 
 UNKNOWN = -1
@@ -65,33 +67,35 @@ def _masked_sum(plus_BK: Tensor, minus_BK: Tensor, labels_BK: Tensor) -> Tensor:
     return torch.where(labels_BK == UNKNOWN, zero, known).sum(dim=1)
 
 
-RowLoss = Callable[[torch.nn.Module, dict[str, Tensor], dict[str, Tensor], Tensor], Tensor]
+RowLoss = Callable[[Any, dict[str, Tensor], dict[str, Tensor], Tensor], Tensor]
 
 
 def row_loss(study: Study) -> RowLoss:
     """The study's loss as a function `(model, inputs, present, labels_BK) -> [B]`.
 
-    With decoders, equation (5): reconstruction + beta * classification.
+    What the system adds stands beside it: with decoders, equation (5) of UNI-MLM, reconstruction +
+    beta * classification.
     """
     m = study.model
     prevalence = torch.tensor([t.prevalence for t in study.tasks.values()])
 
     def loss(
-        model: torch.nn.Module,
+        model: RiskModel,
         inputs: dict[str, Tensor],
         present: dict[str, Tensor],
         labels_BK: Tensor,
     ) -> Tensor:
-        prediction = model(inputs, present)
-        logits = prediction.logits_BK
+        goal = model.objective(inputs, present)
+        rows, views, tasks = goal.logits_BVK.shape
+        logits_NK = goal.logits_BVK.flatten(0, 1)
+        labels_NK = labels_BK[:, None].expand(rows, views, tasks).flatten(0, 1)
         if m.loss == "asl":
-            value = asymmetric(logits, labels_BK, margin=m.asl_margin, gamma=m.asl_gamma)
+            value_N = asymmetric(logits_NK, labels_NK, margin=m.asl_margin, gamma=m.asl_gamma)
         else:
-            value = class_averaged(
-                logits, labels_BK, prevalence.to(logits.device), weighted=m.class_weights
-            )
-        if prediction.reconstruction_B is None:
-            return value
-        return prediction.reconstruction_B + m.beta * value
+            public = prevalence.to(logits_NK.device)
+            value_N = class_averaged(logits_NK, labels_NK, public, weighted=m.class_weights)
+        value_B = (goal.share_BV * value_N.view(rows, views)).sum(dim=1)
+        value_B = model.classification_weight * value_B
+        return value_B if goal.auxiliary_B is None else goal.auxiliary_B + value_B
 
     return loss

@@ -10,21 +10,31 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from client.site.model.fusion import adacomed, llama_fusion, m_llm
 from client.site.model.fusion.base import RiskModel
 from client.site.model.fusion.uni_mlm import UniMlm
 from client.site.model.slm import Slm, load_slm
 from common.errors import ModelError
 from common.study import Study
+from common.systems import SYSTEMS
 
-Builder = Callable[[Slm, Study, Mapping[str, int]], RiskModel]
+# (study, width of each source's embedding, the language model where the system has one) -> model
+Builder = Callable[[Study, Mapping[str, int], Slm | None], RiskModel]
 
 
-def _uni_mlm(slm: Slm, study: Study, dims: Mapping[str, int]) -> RiskModel:
+def _uni_mlm(study: Study, dims: Mapping[str, int], slm: Slm | None) -> RiskModel:
+    assert slm is not None
     return UniMlm(slm, study.model, dims, len(study.tasks), seed=study.seed)
 
 
-SYSTEMS: Mapping[str, Builder] = {"uni-mlm": _uni_mlm}
-"""One entry per system of the papers; `Model.system` of the study chooses."""
+BUILDERS: Mapping[str, Builder] = {
+    "uni-mlm": _uni_mlm,
+    "adacomed": adacomed.build,
+    "llama-fusion": llama_fusion.build,
+    "m-llm": m_llm.build,
+}
+"""How each system of `common.systems.SYSTEMS` is built; trainer, evaluation, publishing and daemon
+know none by name."""
 
 
 def build(
@@ -41,8 +51,10 @@ def build(
     Raises:
         ModelError: The SLM cannot be loaded.
     """
-    slm = load_slm(study.model, device=device)
-    return SYSTEMS[study.model.system](slm, study, {name: dims[name] for name in study.sources})
+    name = study.model.system
+    slm = load_slm(study.model, device=device) if SYSTEMS[name].has_slm else None
+    model = BUILDERS[name](study, {source: dims[source] for source in study.sources}, slm)
+    return model if device is None else model.to(device)
 
 
 def adapter_state(model: nn.Module) -> dict[str, NDArray[np.float32]]:
@@ -85,8 +97,9 @@ def adapter_spec(model: RiskModel) -> dict[str, Any]:
     return {
         "trainable_parameters": sum(p.numel() for p in trainable),
         "bytes": sum(4 * p.numel() for p in trainable),
-        "slm": model.slm_description,
+        "slm": dict(model.slm_description),
         "designated": list(model.designated),
+        "logits": model.logits,
         "dims": dict(model.dims),
         "lora": _plain(lora["default"].to_dict()) if lora else None,
     }

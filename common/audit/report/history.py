@@ -17,6 +17,7 @@ from common.privacy.lines import (
     Released,
     StudyApproved,
     StudyRevoked,
+    Upgraded,
 )
 from common.privacy.pricing import epsilon
 
@@ -132,7 +133,7 @@ def decided(book: Book) -> tuple[Decided, ...]:
                 )
             )
         elif isinstance(line, Reconciled):
-            terms = f"{len(line.assumed)} studies count as spent to the end"
+            terms = f"up to line {line.receipt.lines}; what they may have released is counted"
             found.append(Decided(moment(line.at), "lines lost", "all studies", "", "–", terms))
     return tuple(found)
 
@@ -143,7 +144,7 @@ def _moves(line: Line) -> bool:
 
 
 def _closes(line: Line, study_hash: str) -> bool:
-    return isinstance(line, Reconciled) or (
+    return isinstance(line, Reconciled | Upgraded) or (
         isinstance(line, StudyRevoked) and line.study_hash == study_hash
     )
 

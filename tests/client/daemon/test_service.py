@@ -20,6 +20,7 @@ import pytest
 from client.site.daemon import work as work_module
 from client.site.daemon.config import ConfigError, DaemonConfig
 from client.site.daemon.service import CALL, STATUS, UNLIMITED, Daemon, SocketError, serve
+from common.errors import FedwardError
 from common.identity import Identity, open_envelope
 from common.messages import Answer, Envelope
 
@@ -194,3 +195,24 @@ def test_configuration_is_read_with_its_mistakes_named(world: Any, tmp_path: Pat
         )
     with pytest.raises(ConfigError, match="cannot read"):
         DaemonConfig.load(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sites = 3", "sites"),
+        ('socket = "s"\n[[sites]]\nname = "a"\npolicy = "~nobody-here/p.toml"', "no home folder"),
+        ('socket = "s"\n[[sites]]\nname = "a"\npolicy = "p\\u0000.toml"', "p"),
+        ("a = " + "[" * 5000, "not valid TOML"),
+        (
+            'socket = "s"\n[[sites]]\nname = "a"\nshard = "d"\nstate = "t"\n'
+            "[sites.policy.lifetime.train]\nepsilon = 1e-20",
+            "lifetime.train.epsilon",
+        ),
+    ],
+)
+def test_no_configuration_makes_a_traceback(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "site.toml"
+    file.write_text(text)
+    with pytest.raises(FedwardError, match=message):
+        DaemonConfig.load(file)

@@ -121,11 +121,25 @@ class Ward:
         """The officer lets a study in, for a year."""
         hospital = self.hospitals[site or self.names[0]]
         expires = (datetime.now(UTC) + timedelta(days=365)).isoformat(timespec="milliseconds")
-        ledger = hospital.ledger.book.ledger_id
+        shown = review(hospital, study, runs)
         decision = decide(
-            self.approver, "officer", "approve", ledger, study.hash, runs=runs, expires=expires
+            self.approver,
+            "officer",
+            "approve",
+            hospital.ledger.book.ledger_id,
+            study.hash,
+            reserve=shown.reserve,
+            expires=expires,
         )
-        approve(hospital, review(hospital, study, runs), decision, expires)
+        approve(hospital, shown, decision, expires)
+
+    def revoke(self, study: Study, site: str | None = None) -> None:
+        """The officer ends a study."""
+        ledger = self.hospitals[site or self.names[0]].ledger
+        ledger.revoke(
+            study.hash,
+            decide(self.approver, "officer", "revoke", ledger.book.ledger_id, study.hash),
+        )
 
     def set_policy(self, rules: dict[str, Any]) -> None:
         """All sites restart under another policy."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from client.site.model.fusion.uni_mlm import COLLINEAR, designate
-from client.site.model.losses import row_loss
+from client.site.model.losses import asymmetric, row_loss
 from client.site.model.slm import load_slm
 from client.site.model.system import adapter_spec, adapter_state, build, load_adapter
 from common.errors import ModelError
@@ -76,9 +76,35 @@ def test_logits_are_the_average_of_full_head_logits_over_present_tokens(slm_fold
         torch.testing.assert_close(ours[row], expected, atol=2e-5, rtol=2e-4)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_isolated_projectors_are_trained_by_their_own_token_alone(slm_folder, family) -> None:
+    """Section II-C: t^s = enc(e^s) is the whole input of the SLM; the losses of all sources add."""
+    s = study(slm=str(slm_folder(family)), projectors="isolated", logit_gain=1.5, loss="asl")
+    model = randomised(build(s, DIMS))
+    inputs, present, labels = batch()
+    slm = load_slm(s.model)
+    expected = torch.zeros(len(labels))
+    for index, (name, projector) in enumerate(model.projectors.items()):
+        base = model.base_SH[index].expand(len(labels), 1, -1)
+        token = base + model.scale_S[index] * projector(inputs[name])
+        with torch.no_grad():
+            trained, untrained = (
+                slm.causal(inputs_embeds=x).logits[:, 0, model.designated] for x in (token, base)
+            )
+        own = asymmetric(1.5 * (trained - untrained), labels)
+        expected += torch.where(present[name][:, 0], own, 0.0) / len(DIMS)
+    ours = row_loss(s)(model, inputs, present, labels)
+    torch.testing.assert_close(ours, expected, atol=2e-5, rtol=2e-4)
+    joint = build(study(slm=str(slm_folder(family)), logit_gain=1.5), DIMS)
+    load_adapter(joint, adapter_state(model))
+    said = model(inputs, present).logits_BK
+    assert torch.equal(said, joint(inputs, present).logits_BK), "both predict jointly"
+
+
+@pytest.mark.parametrize("projectors", ["joint", "isolated"])
 @pytest.mark.parametrize("decoder", [False, True])
-def test_a_record_does_not_see_its_neighbours(slm_folder, decoder: bool) -> None:
-    s = study(slm=str(slm_folder("llama")), decoder=decoder)
+def test_a_record_does_not_see_its_neighbours(slm_folder, decoder: bool, projectors: str) -> None:
+    s = study(slm=str(slm_folder("llama")), decoder=decoder, projectors=projectors)
     model = randomised(build(s, DIMS))
     inputs, present, labels = batch()
     loss = row_loss(s)

@@ -30,6 +30,7 @@ from common.privacy.lines import (
     StudyApproved,
     StudyRevoked,
     body_of,
+    reserve_hash,
     signed,
 )
 from common.privacy.policy import Policy
@@ -129,14 +130,16 @@ class Scribe:
         )
 
     def approve(self, study: Study, *, runs: int = 1, expires: str | None = None) -> None:
-        decision = self.decide("approve", study, runs=runs, expires=expires)
+        reserved = reserves(planned(study, self.site, runs))
+        reserve = reserve_hash(study.hash, study.privacy.delta, runs, reserved)
+        decision = self.decide("approve", study, reserve=reserve, expires=expires)
         self.write(
             StudyApproved,
             study_hash=study.hash,
             name=study.name,
             delta=study.privacy.delta,
             runs=runs,
-            reserved=reserves(planned(study, self.site, runs)),
+            reserved=reserved,
             patients_declared=study.federation.sites[self.site].patients_declared,
             expires=expires,
             decision=None if self.book.virtual else decision,
@@ -190,6 +193,8 @@ class Scribe:
             lines=len(self.book.lines),
             head=self.book.head,
             approvals=self.book.approvals,
+            approvals_hash=self.book.approvals_hash,
+            ancestors=self.book.ancestors,
         ).sealed(self.identity)
 
     def save(self, path: Path) -> Path:

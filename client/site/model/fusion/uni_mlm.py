@@ -1,4 +1,4 @@
-"""UNI-MLM with jointly trained projectors (Björkdahl et al. 2024, section II-C).
+"""UNI-MLM (Björkdahl et al. 2024, section II-C).
 
 Per source s a one-layer encoder maps the embedding e_s to tokens of a frozen SLM; the tokens stand
 in one sequence; K designated vocabulary entries, drawn once per study, give the logits, which are
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from client.site.model.fusion.base import Prediction, RiskModel
+from client.site.model.fusion.base import Objective, Prediction, RiskModel
 from client.site.model.slm import Slm
 from common.study import Model
 
@@ -47,6 +47,8 @@ class UniMlm(RiskModel):
         seed: Draws designated entries and base tokens; part of the study.
     """
 
+    logits = "mean over present tokens of the designated entries' logits; positive at >= 0"
+
     base_SH: Tensor
     head_KH: Tensor
     scale_S: Tensor
@@ -63,6 +65,7 @@ class UniMlm(RiskModel):
     ) -> None:
         super().__init__()
         self.config = config
+        self.classification_weight = config.beta if config.decoder else 1.0
         self.dims = dict(dims)
         self.slm_description = slm.describe()
         public = torch.Generator().manual_seed(seed)
@@ -140,21 +143,23 @@ class UniMlm(RiskModel):
         ]
         return torch.cat(parts)
 
-    def _mean_logits(self, x_BSH: Tensor, mask_BS: Tensor) -> Tensor:
-        """Designated logits averaged over present tokens, `[B, K]`; 0 where none is present."""
+    def _token_logits(self, x_BSH: Tensor, seen_BSS: Tensor, position_S: Tensor) -> Tensor:
+        """Designated logits of every token, `[B, S, K]`; `seen_BSS` says who attends to whom."""
         dtype = self.head_KH.dtype
         hidden_BSH = self._decoder_stack(
             inputs_embeds=x_BSH.to(dtype),
-            attention_mask=_attention(mask_BS, dtype),
-            position_ids=torch.arange(x_BSH.shape[1], device=x_BSH.device)[None],
+            attention_mask=_additive(seen_BSS, dtype),
+            position_ids=position_S[None],
             use_cache=False,
         ).last_hidden_state
         # Only K rows of the head are needed: the same logits, up to 3 times faster.
         logits_BSK = (hidden_BSH @ self.head_KH.T).float()
-        if self.softcap:
-            logits_BSK = self.softcap * torch.tanh(logits_BSK / self.softcap)
-        count_B1 = mask_BS.sum(dim=1, keepdim=True).clamp(min=1)
-        return torch.where(mask_BS[:, :, None], logits_BSK, 0.0).sum(dim=1) / count_B1
+        return self.softcap * torch.tanh(logits_BSK / self.softcap) if self.softcap else logits_BSK
+
+    def _mean_logits(self, x_BSH: Tensor, mask_BS: Tensor) -> Tensor:
+        """Designated logits averaged over present tokens, `[B, K]`; 0 where none is present."""
+        position_S = torch.arange(x_BSH.shape[1], device=x_BSH.device)
+        return _mean(self._token_logits(x_BSH, _causal(mask_BS), position_S), mask_BS)
 
     def forward(self, inputs: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Prediction:
         """Predicts the tasks of B records.
@@ -163,21 +168,49 @@ class UniMlm(RiskModel):
             inputs: Source -> embeddings `[B, T_s, d_s]`, float32.
             present: Source -> mask `[B, T_s]`, bool.
         """
-        tokens, masks, errors = [], [], []
-        code_B = torch.zeros((), dtype=torch.long, device=self.base_SH.device)
-        for index, (name, projector) in enumerate(self.projectors.items()):
-            e_BTd, mask_BT = inputs[name], present[name]
-            code_BTH, kept = projector(e_BTd), mask_BT.unsqueeze(-1)
-            moved_BTH = torch.where(kept, self.scale_S[index] * code_BTH, 0.0)
-            tokens.append(self.base_SH[index] + moved_BTH)
-            masks.append(mask_BT)
-            code_B = code_B + (mask_BT.any(dim=1).long() << index)
-            if self.decoders:
-                gap_BTd = torch.where(kept, e_BTd - self.decoders[name](code_BTH), 0.0)
-                errors.append((gap_BTd.square().sum((1, 2)) + 1e-12).sqrt())
+        tokens, error_B = self._tokens(inputs, present)
+        masks = [present[name] for name in self.projectors]
+        code_B = sum(mask.any(dim=1).long() << index for index, mask in enumerate(masks))
         mean_BK = self._mean_logits(torch.cat(tokens, dim=1), torch.cat(masks, dim=1))
-        logits_BK = self.config.logit_gain * (mean_BK - self.base_MK[code_B])
-        return Prediction(logits_BK, torch.stack(errors).sum(0) if errors else None)
+        return Prediction(self.config.logit_gain * (mean_BK - self.base_MK[code_B]), error_B)
+
+    def objective(self, inputs: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Objective:
+        """Isolated: one prediction per source, from its own tokens alone, as if the others were not
+        in the sequence; each with a share of 1/S, absent ones with none."""
+        if self.config.projectors == "joint":
+            return super().objective(inputs, present)
+        tokens, error_B = self._tokens(inputs, present)
+        masks = [present[name] for name in self.projectors]
+        lengths = [mask.shape[1] for mask in masks]
+        device = self.base_SH.device
+        source_T = torch.repeat_interleave(torch.tensor(lengths, device=device))
+        position_T = torch.cat([torch.arange(n, device=device) for n in lengths])
+        seen_BTT = _causal(torch.cat(masks, dim=1)) & (source_T[:, None] == source_T)
+        logits_BTK = self._token_logits(torch.cat(tokens, dim=1), seen_BTT, position_T)
+        views = [
+            _mean(own, mask) - self.base_MK[1 << index]
+            for index, (own, mask) in enumerate(
+                zip(logits_BTK.split(lengths, dim=1), masks, strict=True)
+            )
+        ]
+        share_BS = torch.stack([mask.any(dim=1) for mask in masks], dim=1).float() / len(masks)
+        return Objective(self.config.logit_gain * torch.stack(views, dim=1), share_BS, error_B)
+
+    def _tokens(
+        self, inputs: Mapping[str, Tensor], present: Mapping[str, Tensor]
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Tokens of each source, `[B, T_s, H]`, and the reconstruction error where there are
+        decoders, `[B]`."""
+        tokens, errors = [], []
+        for index, (name, projector) in enumerate(self.projectors.items()):
+            e_BTd, kept_BT1 = inputs[name], present[name].unsqueeze(-1)
+            code_BTH = projector(e_BTd)
+            moved_BTH = torch.where(kept_BT1, self.scale_S[index] * code_BTH, 0.0)
+            tokens.append(self.base_SH[index] + moved_BTH)
+            if self.decoders:
+                gap_BTd = torch.where(kept_BT1, e_BTd - self.decoders[name](code_BTH), 0.0)
+                errors.append((gap_BTd.square().sum((1, 2)) + 1e-12).sqrt())
+        return tokens, torch.stack(errors).sum(0) if errors else None
 
 
 def designate(head_VH: Tensor, count: int, generator: torch.Generator) -> list[int]:
@@ -206,14 +239,24 @@ def designate(head_VH: Tensor, count: int, generator: torch.Generator) -> list[i
     return chosen + [entry for entry in order if entry not in chosen][: count - len(chosen)]
 
 
-def _attention(mask_BS: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive causal mask `[B, 1, S, S]`: present keys only, and every token sees itself.
+def _mean(logits_BTK: Tensor, mask_BT: Tensor) -> Tensor:
+    """Average over present tokens, `[B, K]`; 0 where none is present."""
+    count_B1 = mask_BT.sum(dim=1, keepdim=True).clamp(min=1)
+    return torch.where(mask_BT[:, :, None], logits_BTK, 0.0).sum(dim=1) / count_B1
+
+
+def _causal(mask_BS: Tensor) -> Tensor:
+    """Who sees whom, `[B, S, S]`: earlier present tokens, and every token itself.
 
     The diagonal keeps an absent token's softmax finite; nobody else sees that token.
     """
     size = mask_BS.shape[1]
     causal_SS = torch.ones(size, size, dtype=torch.bool, device=mask_BS.device).tril()
     itself_SS = torch.eye(size, dtype=torch.bool, device=mask_BS.device)
-    seen_BSS = causal_SS & (mask_BS[:, None, :] | itself_SS)
-    bias = torch.zeros(seen_BSS.shape, dtype=dtype, device=mask_BS.device)
+    return causal_SS & (mask_BS[:, None, :] | itself_SS)
+
+
+def _additive(seen_BSS: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask as it is added to attention scores, `[B, 1, S, S]`."""
+    bias = torch.zeros(seen_BSS.shape, dtype=dtype, device=seen_BSS.device)
     return bias.masked_fill(~seen_BSS, torch.finfo(dtype).min)[:, None]

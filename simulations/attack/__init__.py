@@ -1,0 +1,1 @@
+"""The empirical privacy audit: planted canaries and exact checks against the shipped engine."""
