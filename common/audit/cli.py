@@ -90,7 +90,7 @@ def price(
 ) -> None:
     """Computes ε again from the ledger's events: per study, population and in all.
 
-    Three accountants that share no code: PLD (the price), Rényi DP and PRV.
+    Three accountants: PLD (the price), Rényi DP, and PRV of another package.
     """
     with _waiting("pricing …"):
         found = priced(read(ledger), at=end_of(at) if at else None, what_if=what_if, quick=quick)

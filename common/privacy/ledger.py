@@ -190,7 +190,7 @@ class Ledger(Chain):
             )
 
     def revoke(self, study_hash: str, decision: Decision) -> None:
-        """Ends a study; what it did not release of its reserve is free again.
+        """Ends a study; under an `rdp` cap, what it did not release is free again.
 
         Raises:
             Refusal: `study-unapproved`.

@@ -128,7 +128,7 @@ class StudyApproved(_Line):
 
 
 class StudyRevoked(_Line):
-    """No further release; what was not released of the reserve is free again."""
+    """No further release; under an `rdp` cap, what was not released is free again."""
 
     line: Literal["study-revoked"] = "study-revoked"
     study_hash: Hash

@@ -124,7 +124,7 @@ def revoke(
     config: Config = Path("site.toml"),
     site: SiteName = None,
 ) -> None:
-    """Ends a study here. What it did not release of its reserve is free again."""
+    """Ends a study here. Under an `rdp` cap, what it did not release is free again."""
     chosen = _site(config, site)
     study_hash = study if _is_hash(study) else _resolved(study).hash
     person = _person(chosen.policy.approvers, name, key)
