@@ -564,6 +564,10 @@ class Book:
             account.closed = account.closed or "reconciled"
             self._committed.update(events)
         self.reconciled.append(line)
+        # A loss that contains this line would lose what it counts: part of the chain, it cannot be
+        # left out, and as it is no approval, such a loss cannot be reconciled, only restored.
+        self.approvals += 1
+        self.approvals_hash = chained(self.approvals_hash, line.receipt.head)
         self._spendings.clear()
 
     def _close(self, why: str, *accounts: StudyAccount) -> None:

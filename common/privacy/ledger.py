@@ -293,6 +293,11 @@ class Ledger(Chain):
     def give_receipt(self, holder: str) -> Receipt:
         """The present head for someone outside to keep; the ledger records who."""
         with self._locked() as file:
+            if self.behind is not None:
+                raise PrivacyError(
+                    "this ledger lacks lines: a receipt of it would stand against the whole one",
+                    cure="restore the newest ledger.jsonl, or reconcile first",
+                )
             receipt = self._receipt()
             self._append(file, ReceiptGiven, holder=holder, lines=receipt.lines)
             return receipt
@@ -355,10 +360,10 @@ class Ledger(Chain):
         """Approvals of this ledger's own, after the last line that is known to be common, which the
         receipt's ledger had too: those with which the given ones make up its chain."""
         common = self.book.prefix(self.book.fork(receipt))
-        own = [line for line in self.book.lines if isinstance(line, StudyApproved)]
         after = tuple(
             _lost(line.study_hash, line.name, line.delta, line.runs, total(line.reserved))
-            for line in own[common.approvals :]
+            for line in self.book.lines[len(common.lines) :]
+            if isinstance(line, StudyApproved)
         )
         for count in range(len(after) + 1):
             chain = common.approvals_hash

@@ -30,8 +30,9 @@ class Receipt(BaseModel):
     Attributes:
         lines: Number of lines of the ledger, the head's included.
         head: SHA-256 of the last of them.
-        approvals: Approvals so far, and `approvals_hash` the chain of what they set aside
-            (`common.privacy.lines.chained`): what a restored backup lost can be told exactly.
+        approvals: Approvals (and reconciled losses) so far, and `approvals_hash` the chain of what
+            they set aside (`common.privacy.lines.chained`): what a restored backup lost can be told
+            exactly.
         ancestors: SHA-256 of earlier lines, by number: 1, 2, 4, 8 … before the last, and the first.
             They tell where a ledger that lost lines parted from the one that had them.
         epoch: Rises with every loss that was reconciled: line numbers are used again after one.

@@ -568,6 +568,27 @@ def test_a_second_approval_that_was_lost_counts_with_its_runs(loss: Loss) -> Non
     assert loss.counted(STUDY) >= 4 * 3
 
 
+def test_a_loss_that_contains_a_reconciliation_cannot_hide_it(loss: Loss) -> None:
+    site = loss.site
+    site.approve()
+    backup = loss.backup()
+    site.charge(1)
+    first = site.ledger.receipt()
+    loss.restore(backup, first)
+    site.ledger.reconcile()
+    counted = loss.counted(STUDY)
+    site.approve(OTHER)
+    second = site.ledger.receipt()
+    loss.restore(backup, second)
+    assert loss.counted(STUDY) < counted
+    with pytest.raises(PrivacyError, match="would stand against the whole one"):
+        site.ledger.give_receipt("an auditor")
+    for given in ([], [(OTHER, 1)], [(STUDY, 1), (OTHER, 1)]):
+        with pytest.raises(LedgerError, match="not exactly these"):
+            site.ledger.reconcile(given)
+    assert code_of(lambda: site.charge(2)) == "ledger-behind"
+
+
 def test_a_loss_cannot_be_made_up(loss: Loss) -> None:
     """Who holds the site's key cannot declare lines lost, nor leave out what they approved."""
     site = loss.site
