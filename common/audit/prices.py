@@ -19,7 +19,8 @@ from common.audit.findings import Finding, error
 from common.audit.reading import Reading
 from common.audit.verify import judge
 from common.errors import FedwardError
-from common.privacy.book import POPULATIONS, Book, StudyAccount
+from common.privacy.accounts import StudyAccount
+from common.privacy.book import POPULATIONS, Book
 from common.privacy.events import PoissonGaussian, Population, ReleaseEvent, Unprotected
 from common.privacy.lifetime import Commitment, Spending
 from common.privacy.pricing import LARGE, cross_check, epsilon, epsilon_rdp

@@ -20,7 +20,7 @@ from common.audit.prices import committed
 from common.audit.reading import Reading, read
 from common.audit.verify import Verification, hold, judge
 from common.errors import FedwardError
-from common.privacy.book import StudyAccount
+from common.privacy.accounts import StudyAccount
 from common.privacy.events import (
     GaussianHistogram,
     PoissonGaussian,

@@ -23,7 +23,8 @@ from pathlib import Path
 from common.errors import PrivacyError, Refusal
 from common.identity import Identity
 from common.messages import Request
-from common.privacy.book import POPULATIONS, StudyAccount, reserves, rotation, total
+from common.privacy.accounts import StudyAccount, reserves, total
+from common.privacy.book import POPULATIONS, rotation
 from common.privacy.chain import Chain, now, sync_folder
 from common.privacy.events import ReleaseEvent
 from common.privacy.lifetime import Commitment

@@ -19,7 +19,8 @@ from common.errors import PrivacyError, Refusal
 from common.identity import Identity
 from common.messages import Request
 from common.privacy import chain
-from common.privacy.book import Book, LedgerError, reserves
+from common.privacy.accounts import reserves
+from common.privacy.book import Book, LedgerError
 from common.privacy.decisions import decide
 from common.privacy.ledger import Ledger, planned
 from common.privacy.lifetime import Cap, Lifetime

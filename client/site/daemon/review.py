@@ -10,7 +10,8 @@ from client.site.daemon.demands import Demand, demands, model_demands
 from client.site.daemon.hospital import Hospital
 from client.site.encoders.registry import dimensions, fingerprints
 from common.errors import EncoderError, ModelError
-from common.privacy.book import POPULATIONS, reserves
+from common.privacy.accounts import reserves
+from common.privacy.book import POPULATIONS
 from common.privacy.events import Population
 from common.privacy.ledger import planned
 from common.privacy.lifetime import Commitment, Spending

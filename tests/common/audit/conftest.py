@@ -14,7 +14,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from common.identity import Identity
-from common.privacy.book import Book, reserves, rotation
+from common.privacy.accounts import reserves
+from common.privacy.book import Book, rotation
 from common.privacy.decisions import decide
 from common.privacy.ledger import planned
 from common.privacy.lines import (
