@@ -8,12 +8,15 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from common.errors import PrivacyError, Refusal
 from common.identity import Identity
@@ -584,9 +587,9 @@ def test_a_loss_that_contains_a_reconciliation_cannot_hide_it(loss: Loss) -> Non
     assert loss.counted(STUDY) < counted
     with pytest.raises(PrivacyError, match="would stand against the whole one"):
         site.ledger.give_receipt("an auditor")
-    for given in ([], [(OTHER, 1)], [(STUDY, 1), (OTHER, 1)]):
+    for some in ([], [(OTHER, 1)], [(STUDY, 1), (OTHER, 1)]):
         with pytest.raises(LedgerError, match="not exactly these"):
-            site.ledger.reconcile(given)
+            site.ledger.reconcile(some)
     assert code_of(lambda: site.charge(2)) == "ledger-behind"
 
 
@@ -700,3 +703,64 @@ def test_a_read_only_disk_refuses(site: Site, tmp_path: Path) -> None:
     finally:
         subprocess.run(undo, check=True)
     site.charge(1)
+
+
+# -- any history ------------------------------------------------------------------------------
+
+SMALL = [make_study(f"small-{number}", epsilon=1.0) for number in range(3)]
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_no_history_of_losses_makes_a_ledger_count_too_little(
+    tmp_path: Path, data: st.DataObject
+) -> None:
+    """Approve, release, back up, restore, in any order; every receipt of a lost history is shown in
+    the end. Then at least as much is counted of each study as was ever released of it."""
+    folder = tmp_path / os.urandom(4).hex()
+    loss = Loss(folder)
+    site, made = loss.site, Counter[str]()
+    approved: list[tuple[Study, int]] = []
+    backups = [(loss.backup(), list(approved))]
+    lost: list[tuple[Receipt, list[tuple[Study, int]]]] = []
+    number = 0
+    for _ in range(data.draw(st.integers(3, 14))):
+        what = data.draw(st.sampled_from(["approve", "charge", "charge", "back up", "restore"]))
+        study = data.draw(st.sampled_from(SMALL))
+        account = site.ledger.book.studies.get(study.hash)
+        if what == "approve":
+            runs = (account.runs if account else 0) + data.draw(st.integers(1, 2))
+            site.approve(study, runs=runs)
+            approved.append((study, runs))
+        elif what == "charge" and account and account.left[study.round_event("a")]:
+            number += 1
+            site.charge(number, study)
+            made[study.hash] += 1
+        elif what == "back up":
+            backups.append((loss.backup(), list(approved)))
+        elif what == "restore":
+            backup, then = data.draw(st.sampled_from(backups))
+            lost.append((site.ledger.receipt(), list(approved)))
+            loss.restore(backup)
+            approved = list(then)
+    while (behind := _next_loss(site, lost)) is not None:
+        history = behind[1]
+        shared = 0
+        while history[shared : shared + 1] == approved[shared : shared + 1] != []:
+            shared += 1
+        site.ledger.reconcile(history[shared:])
+    for study in SMALL:
+        assert loss.counted(study) >= made[study.hash]
+    Book.read(site.path)
+
+
+def _next_loss(site: Site, lost: list[tuple[Receipt, Any]]) -> tuple[Receipt, Any] | None:
+    for receipt, history in lost:
+        if not site.ledger.book.holds(receipt):
+            site.ledger.behind = None
+            site.ledger.compare(receipt)
+            assert site.ledger.behind == receipt
+            return receipt, history
+    return None
