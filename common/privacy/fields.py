@@ -22,3 +22,8 @@ Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 """A SHA-256, or an Ed25519 public key."""
 
 Signature = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
+
+
+def is_hash(text: str) -> bool:
+    """Whether a text is a `Hash`."""
+    return len(text) == 64 and set(text) <= set("0123456789abcdef")

@@ -27,6 +27,7 @@ from common.privacy.accounts import StudyAccount, reserves, total
 from common.privacy.book import POPULATIONS, rotation
 from common.privacy.chain import Chain, now, sync_folder
 from common.privacy.events import ReleaseEvent
+from common.privacy.fields import is_hash
 from common.privacy.lifetime import Commitment
 from common.privacy.lines import (
     Decision,
@@ -278,7 +279,7 @@ class Ledger(Chain):
                 self._append(
                     file,
                     Refused,
-                    study_hash=request.study_hash if _is_hash(request.study_hash) else "",
+                    study_hash=request.study_hash if is_hash(request.study_hash) else "",
                     request=request.kind,
                     request_digest=request.digest,
                     code=code,
@@ -477,7 +478,3 @@ def _unspent(account: StudyAccount, event: ReleaseEvent, request: Request) -> No
                 f"(attempt {line.attempt})",
                 cure="retry a lost round with a higher attempt",
             )
-
-
-def _is_hash(text: str) -> bool:
-    return len(text) == 64 and set(text) <= set("0123456789abcdef")

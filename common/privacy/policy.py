@@ -10,15 +10,13 @@ import hashlib
 import json
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from common.errors import FedwardError, explain
+from common.privacy.fields import Hash
 from common.privacy.lifetime import Lifetime
-
-PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Sha256 = PublicKey
 
 SENTENCE = "Studies of mode none may release our patients' data without any protection, for ever."
 """What a policy must say to let studies without privacy run."""
@@ -67,8 +65,8 @@ class Policy(_Part):
         approval_days: After so many days an approval expires.
     """
 
-    coordinators: tuple[PublicKey, ...] = ()
-    approvers: dict[str, PublicKey] = {}
+    coordinators: tuple[Hash, ...] = ()
+    approvers: dict[str, Hash] = {}
     lifetime: Lifetime | None = None
     study: PerStudy | None = None
     modes: tuple[Literal["local"], ...] = ("local",)
@@ -76,8 +74,8 @@ class Policy(_Part):
     allow_batch_slack: bool = False
     min_patients: int = Field(default=1, ge=1)
     tasks: tuple[str, ...] | None = None
-    encoders: tuple[Sha256, ...] | None = None
-    slms: tuple[Sha256, ...] | None = None
+    encoders: tuple[Hash, ...] | None = None
+    slms: tuple[Hash, ...] | None = None
     rounds_per_day: int | None = Field(default=None, ge=1)
     release_slot: float | None = Field(default=None, gt=0, le=86400)
     approval_days: int = Field(default=365, ge=1, le=36500)

@@ -17,6 +17,7 @@ from common.errors import FedwardError, PrivacyError
 from common.identity import Identity
 from common.privacy.chain import sync_folder
 from common.privacy.decisions import decide
+from common.privacy.fields import is_hash
 from common.privacy.ledger import Ledger
 from common.privacy.receipts import read_receipts
 from common.study import Study, resolve, unknown
@@ -126,7 +127,7 @@ def revoke(
 ) -> None:
     """Ends a study here. Under an `rdp` cap, what it did not release is free again."""
     chosen = _site(config, site)
-    study_hash = study if _is_hash(study) else _resolved(study).hash
+    study_hash = study if is_hash(study) else _resolved(study).hash
     person = _person(chosen.policy.approvers, name, key)
     ledger = _ledger(chosen)
     decision = decide(person, name, "revoke", ledger.book.ledger_id, study_hash)
@@ -272,7 +273,3 @@ def _with_runs(text: str) -> tuple[Study, int]:
     if colon and runs.isdigit() and int(runs):
         return _resolved(name), int(runs)
     return _resolved(text), 1
-
-
-def _is_hash(text: str) -> bool:
-    return len(text) == 64 and set(text) <= set("0123456789abcdef")
