@@ -23,6 +23,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from common.errors import StudyError, explain
 from common.privacy.events import GaussianHistogram, PoissonGaussian, ReleaseEvent, Unprotected
+from common.privacy.fields import Hash
 from common.privacy.pricing import calibrate_gaussian, calibrate_noise_multiplier
 from common.systems import SYSTEMS
 from common.systems.adacomed import AdaCoMed
@@ -58,8 +59,11 @@ class Source(Part):
         series: Ordered canonical names (modality `series`); one embedding holds them all.
         categories: Note categories to read (modality `text`); empty reads all.
         pooling: `latest` input up to the cutoff, `mean` over all, or `time-weighted` (UNI-MLM's
-            aggregate of earlier images; weights normalised to sum 1).
+            aggregate of earlier images; weights normalised to sum 1). As published, not
+            normalised: `time-weighted-by-max` (UNI-MLM) and `time-weighted-by-range` (HAIM).
         dim: Width of a precomputed embedding (modality `embedding`).
+        tokens: Most tokens of a record: 1 pools an input to one; above, it gives patches, word
+            pieces or sentences, and precomputed embeddings give rows.
     """
 
     modality: Modality
@@ -67,8 +71,11 @@ class Source(Part):
     revision: str | None = None
     series: tuple[str, ...] = ()
     categories: tuple[str, ...] = ()
-    pooling: Literal["latest", "mean", "time-weighted"] = "latest"
+    pooling: Literal[
+        "latest", "mean", "time-weighted", "time-weighted-by-max", "time-weighted-by-range"
+    ] = "latest"
     dim: int | None = Field(default=None, ge=1)
+    tokens: int = Field(default=1, ge=1, le=256)
 
     @model_validator(mode="after")
     def _consistent(self) -> Source:
@@ -99,6 +106,13 @@ class Source(Part):
             raise ValueError("a precomputed source declares its 'dim'")
         if len(set(self.series)) != len(self.series):
             raise ValueError("'series' names a series twice")
+        if self.tokens > 1 and self.modality in ("series", "table"):
+            raise ValueError(f"encoder '{self.encoder}' gives one token; set tokens = 1")
+        if self.tokens > 1 and self.pooling != "latest":
+            raise ValueError(
+                f"tokens of several inputs cannot be averaged one by one (pooling "
+                f"'{self.pooling}'); set pooling = 'latest' or tokens = 1"
+            )
         return self
 
 
@@ -120,6 +134,23 @@ class Lora(Part):
     rank: int = Field(ge=1)
     alpha: int = Field(default=16, ge=1)
     targets: tuple[str, ...] = ("q_proj", "v_proj")
+
+
+class LinearStart(Part):
+    """How a system begins as a linear model of its embeddings; for training under privacy.
+
+    Attributes:
+        rank: Directions in which each source may move the system's input; at least the number of
+            tasks lets each have a direction of its own.
+        excursion: How far, of its length, a unit of the trained map moves that input; the smaller,
+            the longer the system stays linear.
+        body_halvings: How often the gradients of the system's own layers are halved in the clipped
+            vector (and their steps with them).
+    """
+
+    rank: int = Field(default=16, ge=1, le=4096)
+    excursion: float = Field(default=0.01, ge=1e-5, le=1)
+    body_halvings: int = Field(default=5, ge=0, le=20)
 
 
 class Model(Part):
@@ -156,6 +187,7 @@ class Model(Part):
     token_scale: float = Field(default=1.0, ge=1e-3, le=1e3)
     logit_gain: float = Field(default=1.0, ge=1e-3, le=1e3)
     lora: Lora | None = None
+    linear_start: LinearStart | None = None
     adacomed: AdaCoMed | None = None
     llama_fusion: LlamaFusion | None = None
     m_llm: MLlm | None = None
@@ -177,6 +209,18 @@ class Model(Part):
         if own is not None and raw.get(own) is None:
             return {**raw, own: {}}
         return raw
+
+    @model_validator(mode="after")
+    def _lora_has_blocks(self) -> Model:
+        if self.lora is not None and not SYSTEMS[self.system].has_slm:
+            raise ValueError(f"'lora' adapts a language model, and {self.system} has none")
+        return self
+
+    @model_validator(mode="after")
+    def _starts_once(self) -> Model:
+        if self.linear_start is not None and self.system == "uni-mlm":
+            raise ValueError("uni-mlm starts as a linear model by itself; leave linear_start out")
+        return self
 
     @model_validator(mode="after")
     def _pinned(self) -> Model:
@@ -298,13 +342,34 @@ class Federation(Part):
     sites: dict[Name, Site] = {}
 
 
+class Start(Part):
+    """The published adapter of another study, from which this one starts.
+
+    What that study released of its patients is charged to it, in the same ledgers, and adds up with
+    what this one releases.
+
+    Attributes:
+        adapter: SHA-256 of its arrays, as `cat adapter/*.safetensors | sha256sum` gives it.
+        study: Hash of the study that made it.
+    """
+
+    adapter: Hash
+    study: Hash
+
+
 class Study(Part):
-    """A whole protocol. See the module's text; `docs/study.md` lists every key."""
+    """A whole protocol. See the module's text; `docs/study.md` lists every key.
+
+    Attributes:
+        complete_records_only: Leave out, at each site, records that lack a source (UNI-MLM's
+            cohort).
+    """
 
     schema_version: Literal[1] = 1
     name: Name
     description: str = ""
     seed: int = Field(default=0, ge=0, lt=2**63)
+    complete_records_only: bool = False
     sources: dict[Key, Source] = Field(min_length=1, max_length=10)
     tasks: dict[Key, Task] = Field(min_length=1)
     model: Model = Model()
@@ -313,6 +378,7 @@ class Study(Part):
     privacy: Privacy = Privacy()
     evaluation: Evaluation = Evaluation()
     federation: Federation = Federation()
+    start: Start | None = None
 
     @field_validator("tasks")
     @classmethod
@@ -324,6 +390,10 @@ class Study(Part):
 
     @model_validator(mode="after")
     def _sound(self) -> Study:
+        if self.privacy.mode != "none":
+            for key, options in self.model:
+                if isinstance(options, Part) and (why := options.needs_no_privacy()):
+                    raise ValueError(f"model.{key}: {why}, or privacy.mode = 'none'")
         steps = self.federation.rounds * self.training.steps_per_round
         if steps > MOST_STEPS:
             raise ValueError(f"{steps:,} steps are more than a study may have ({MOST_STEPS:,})")

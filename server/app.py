@@ -24,6 +24,7 @@ from server import publish, report
 from server.curves import Curves
 from server.exchange import Exchange
 from server.federation import Federation
+from server.start import Start, started
 
 log = logging.getLogger("fedward")
 
@@ -34,12 +35,14 @@ class Settings:
 
     Attributes:
         study: Resolved; a ready study or an unresolved file is resolved here.
+        start: The adapter that the study starts from; None where it starts from its seed.
         out: Absolute folder of the results.
         run: Identity of the run; drawn when not given.
         coordinator_key: File of the key that signs requests.
     """
 
     study: Study
+    start: Start | None
     out: Path
     run: str
     resume: bool
@@ -52,8 +55,11 @@ class Settings:
         stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
         out = str(config.get("out-dir") or home / "runs" / stamp)
         study = Study.load(str(config.get("study") or "demo"))
+        begun = str(config.get("start") or "")
+        study, start = started(study, Path(begun).expanduser() if begun else None)
         return cls(
             study=study if study.resolved else resolve(study),
+            start=start,
             out=Path(out).expanduser().absolute(),
             run=str(config.get("run-id") or f"{stamp}-{secrets.token_hex(4)}"),
             resume=bool(config.get("resume")),
@@ -94,7 +100,12 @@ def _run(grid: Grid, settings: Settings) -> None:
     )
     with Curves(out / "events") as curves:
         finished = Federation(
-            exchange, study, out, resume=settings.resume, on_line=curves.line
+            exchange,
+            study,
+            out,
+            resume=settings.resume,
+            on_line=curves.line,
+            start=settings.start,
         ).run()
     described = report.build(finished)
     publish.write(out, study, finished.adapter, finished.spec, described)

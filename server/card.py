@@ -42,6 +42,23 @@ def card(study: Study, spec: Mapping[str, Any], report: Report) -> str:
     )
 
 
+LEDGERS = "Ledgers of the virtual hospitals"
+
+
+def ledgers_text(report: Report) -> str:
+    """What each ledger of a simulation adds up to, over all its studies: a table, in Markdown."""
+    head = (
+        "ε of all that each ledger holds, of this study and of those before it on the same "
+        f"patients, at δ {report.privacy.delta:g}:\n\n"
+        "| site | ε training | ε validation |\n|---|---|---|\n"
+    )
+    spent = report.simulation_ledgers or {}
+    return head + "".join(
+        f"| {site} | {_epsilon(e['train'])} | {_epsilon(e['validation'])} |\n"
+        for site, e in spent.items()
+    )
+
+
 def _figure(metrics: Any, name: str) -> str:
     """`.812 (.790-.834)`, or that there is nothing to say."""
     value, interval = getattr(metrics, name), metrics.interval.get(name)
@@ -131,6 +148,24 @@ The unit is the **patient** at a site, with all their records: adding or removin
 - choices made by looking at earlier results on the same patients, unless those were released under the ledger too.
 {% else %}
 **None.** Mode `none`: the adapter left each site without noise, and every patient's ε is infinite. It may reveal individual records; treat it as patient data.
+{% endif %}
+{% if report.start %}
+
+**On top of its start.** Training began with the adapter of study `{{ report.start.study }}` (SHA-256 `{{ report.start.adapter }}`; {{ report.start.taken | length }} arrays of it), which was itself made from patients. What stands above is this study's share alone: a patient of both studies pays both. A site that took part in both composes them in its one ledger, which has the exact sum.
+
+{% if report.start.mode == "none" %}
+The earlier study ran in mode `none`: its adapter left the sites without noise, this one descends from it, and **for its patients ε is infinite**, whatever noise came later.
+{% elif report.start.epsilon_reserved is none %}
+The earlier study started from a third one, which comes on top as well; no sum can be stated here.
+{% else %}
+Both protocols together, spare rounds included, composed at δ {{ "%g" | format(report.privacy.delta) }}:
+
+{% for site, e in report.start.epsilon_reserved.items() %}
+- {{ site }}: ε at most {{ epsilon(e.train) }} for training patients, {{ epsilon(e.validation) }} for validation patients
+{% endfor %}
+
+This holds if σ, q, rounds and evaluations of this study were not chosen in the light of what the earlier one released; otherwise add the ε and the δ of both. A patient keeps one of the two roles at a site for its ledger's life. A site that took part in one of the two only has that one's ε.
+{% endif %}
 {% endif %}
 
 ## Ledger receipts

@@ -31,6 +31,7 @@ from server.checkpoint import Checkpoint
 from server.exchange import Exchange, FederationError, Outcome, Received
 from server.metrics import measure, noise_deviation
 from server.optimizer import TailAverage, server_optimizer, weighted_mean
+from server.start import Start
 
 log = logging.getLogger("fedward")
 
@@ -45,6 +46,7 @@ class Progress:
         steps: By site, DP-SGD steps that were answered for.
         evaluations: By release: round, sites that answered, and `Measured` of their histograms.
         seconds: Spent preparing, training and in all, sessions of a resumed run together.
+        taken: Arrays of the initial adapter that come from the start.
     """
 
     round: int = 0
@@ -58,6 +60,7 @@ class Progress:
         default_factory=lambda: {"encode": 0.0, "train": 0.0, "total": 0.0}
     )
     refused: dict[str, str] = field(default_factory=dict)
+    taken: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Finished:
     Attributes:
         prepared: By site, the public body of its answer to `prepare`.
         receipts: By site, the head of its ledger at its last answer.
+        start: Where the study started, if not from its seed alone.
     """
 
     study: Study
@@ -75,6 +79,7 @@ class Finished:
     progress: Progress
     prepared: Mapping[str, dict[str, Any]]
     receipts: Mapping[str, Receipt] = field(default_factory=dict)
+    start: Start | None = None
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -88,6 +93,7 @@ class Federation:
     Args:
         out: Receives `checkpoint/` and `rounds.jsonl`.
         on_line: Called with each line of `rounds.jsonl`, for live curves.
+        start: The adapter that the study's `[start]` names.
     """
 
     def __init__(
@@ -99,7 +105,9 @@ class Federation:
         resume: bool = False,
         on_line: Callable[[dict[str, Any]], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        start: Start | None = None,
     ) -> None:
+        self.start = start
         self.exchange, self.study, self.out = exchange, study, out
         self.on_line, self._clock = on_line, clock
         self.resume = resume
@@ -152,6 +160,7 @@ class Federation:
                 for site in federation.sites
                 if (receipt := self.exchange.receipts.latest(site))
             },
+            self.start,
         )
 
     def _count_time(self) -> None:
@@ -229,16 +238,24 @@ class Federation:
         log.info("%d of %d sites are ready", len(self.prepared), len(self.study.federation.sites))
 
     def _initial(self) -> Arrays:
-        """The adapter that the study's seed gives, from whichever site answers first."""
+        """The adapter that the study's seed gives, from whichever site answers first, under that
+        of the start."""
         for site in self._ready():
             outcome = self.exchange.ask(
                 "initialise", [site], seconds=self.study.federation.deadline_seconds
             )
             received = outcome.answers.get(site)
             if received and _sound(received.arrays):
-                return received.arrays
+                return self._started(received.arrays)
             log.warning("site %s gave no initial adapter", site)
         raise FederationError("no site gave an initial adapter", cure="see the sites' logs")
+
+    def _started(self, seeded: Arrays) -> Arrays:
+        if self.start is None:
+            return seeded
+        arrays, self.progress.taken = self.start.over(seeded)
+        log.info("%d of %d arrays come from the start", len(self.progress.taken), len(arrays))
+        return arrays
 
     def _ready(self) -> list[str]:
         return [site for site in self.study.federation.sites if site in self.prepared]

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from common.study import Study
-from server.card import card
+from server.card import LEDGERS, card, ledgers_text
 from server.report import Report
 
+PROJECTORS, LORA = "projectors.safetensors", "adapter_model.safetensors"
 _SLM = "slm."  # parameters inside the language model, as the sites name them
 _PEFT = ".default."  # peft's name of the one active adapter; left out in files
 
@@ -53,13 +54,13 @@ def write(
         lora = {name: array for name, array in arrays.items() if name.startswith(_SLM)}
         rest = {name: array for name, array in arrays.items() if name not in lora}
         files = {
-            "projectors.safetensors": _safetensors(rest, {"study": study.hash}),
+            PROJECTORS: _safetensors(rest, {"study": study.hash}),
             "fedward.json": _json(_describe(study, rest, spec, bool(lora))),
             "study.toml": study.to_toml().encode(),
             "README.md": card(study, spec, report).encode(),
         }
         if lora:
-            files["adapter_model.safetensors"] = _safetensors(
+            files[LORA] = _safetensors(
                 {_peft_name(name): array for name, array in lora.items()}, {"format": "pt"}
             )
             files["adapter_config.json"] = _json(_peft_config(spec))
@@ -77,12 +78,22 @@ def write(
 def attribute(out: str | Path, lines: Sequence[str]) -> None:
     """Adds origin and licence of the data to the model card in `OUT/adapter/`. A coordinator does
     not know them; the launcher of a simulation, or a person, does."""
-    if not lines:
-        return
+    if lines:
+        _last_section(out, "Data", "".join(f"- {line}\n" for line in lines))
+
+
+def add_ledgers(out: str | Path, report: Report) -> None:
+    """Adds to the model card in `OUT/adapter/` what a simulation's ledgers add up to."""
+    if report.simulation_ledgers:
+        _last_section(out, LEDGERS, ledgers_text(report))
+
+
+def _last_section(out: str | Path, title: str, text: str) -> None:
+    """Writes a section at the end of the card, in place of an earlier one of that title."""
     path = Path(out) / "adapter" / "README.md"
-    section = "\n## Data\n\n" + "".join(f"- {line}\n" for line in lines)
     partial = path.with_name(".README.md.partial")
-    partial.write_text(path.read_text().partition("\n## Data\n")[0] + section)
+    before = path.read_text().partition(f"\n## {title}\n")[0]
+    partial.write_text(f"{before}\n## {title}\n\n{text}")
     os.replace(partial, path)
 
 
@@ -123,6 +134,14 @@ def _describe(
 def _peft_name(name: str) -> str:
     """`slm.base_model.model.….lora_A.default.weight` -> `base_model.model.….lora_A.weight`."""
     return name.removeprefix(_SLM).replace(_PEFT, ".")
+
+
+def site_name(file: str, name: str) -> str:
+    """What a site calls the array `name` of a published file."""
+    if file != LORA:
+        return name
+    stem, _, leaf = name.rpartition(".")
+    return f"{_SLM}{stem}{_PEFT}{leaf}"
 
 
 def _peft_config(spec: Mapping[str, Any]) -> dict[str, Any]:

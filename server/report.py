@@ -117,6 +117,25 @@ class ExactMacro(Part):
     interval: dict[Metric, Interval | None]
 
 
+class StartReport(Part):
+    """Where the study started: the adapter of another one, which read patients too.
+
+    Attributes:
+        study, adapter: Hashes, as in the study's `[start]`.
+        mode: Privacy of that study.
+        taken: Arrays that were taken over; all others began with the seed's values.
+        epsilon_reserved: By site and population, the most that both studies together can cost;
+            None of a population where nothing bounds it, None in all where the earlier study
+            started from a third.
+    """
+
+    study: str
+    adapter: str
+    mode: Literal["local", "none"]
+    taken: list[str]
+    epsilon_reserved: dict[str, Epsilons] | None
+
+
 class Exact(Part):
     """What no hospital would release: exact metrics of all virtual sites together."""
 
@@ -128,7 +147,13 @@ class Exact(Part):
 
 
 class Report(Part):
-    """The whole of `report.json`."""
+    """The whole of `report.json`.
+
+    Attributes:
+        start: None where the study started from its seed alone.
+        simulation_ledgers: Simulations only: by site and population, epsilon of all that its ledger
+            holds, of whatever study, at this study's delta; None where nothing bounds it.
+    """
 
     fedward: str
     study: StudyName
@@ -145,7 +170,9 @@ class Report(Part):
     tasks: dict[str, TaskMetrics]
     macro: Macro
     evaluations: list[EvaluationReport] = Field(min_length=1)
+    start: StartReport | None = None
     simulation_exact: Exact | None = None
+    simulation_ledgers: dict[str, Epsilons] | None = None
     seconds: Seconds
 
 
@@ -181,6 +208,7 @@ def build(finished: Finished) -> Report:
         tasks=evaluations[-1].tasks,
         macro=evaluations[-1].macro,
         evaluations=evaluations,
+        start=_start(finished),
         seconds=Seconds(
             encode=round(progress.seconds["encode"], 3),
             train=round(progress.seconds["train"], 3),
@@ -224,15 +252,48 @@ def attach_exact(out: str | Path, exact: Mapping[str, Any]) -> Report:
     Raises:
         FedwardError: The run was not a simulation: exact metrics never leave a hospital.
     """
-    report = read(out)
-    if not report.privacy.simulated:
-        raise FedwardError(
-            "exact metrics never leave a hospital; this run was no simulation",
-            cure="look at them there: fedward site metrics",
-        )
+    report = _simulated(out, "exact metrics", "fedward site metrics")
     report = report.model_copy(update={"simulation_exact": Exact.model_validate(exact)})
     write(out, report)
     return report
+
+
+def attach_ledgers(out: str | Path, epsilons: Mapping[str, Mapping[str, float]]) -> Report:
+    """Adds to a simulation's report what its sites' ledgers add up to, by population.
+
+    Raises:
+        FedwardError: The run was not a simulation: other studies are a hospital's own affair.
+    """
+    report = _simulated(out, "sums over other studies", "fedward site ledger")
+    whole = {s: {p: _finite(e) for p, e in spent.items()} for s, spent in epsilons.items()}
+    report = report.model_copy(update={"simulation_ledgers": whole})
+    write(out, report)
+    return report
+
+
+def _simulated(out: str | Path, what: str, command: str) -> Report:
+    """The report of a simulation; no other may be given what no hospital would release."""
+    report = read(out)
+    if not report.privacy.simulated:
+        raise FedwardError(
+            f"{what} never leave a hospital; this run was no simulation",
+            cure=f"look at them there: {command}",
+        )
+    return report
+
+
+def _start(finished: Finished) -> StartReport | None:
+    start, study = finished.start, finished.study
+    if start is None:
+        return None
+    sites = {site: start.epsilon_with(study, site) for site in study.federation.sites}
+    return StartReport(
+        study=start.terms.study,
+        adapter=start.terms.adapter,
+        mode=start.study.privacy.mode,
+        taken=finished.progress.taken,
+        epsilon_reserved={s: e for s, e in sites.items() if e is not None} or None,
+    )
 
 
 def _site(finished: Finished, name: str) -> SiteReport:

@@ -33,6 +33,7 @@ APP: dict[str, Any] = {
     "components": {"serverapp": "server.app:app", "clientapp": "client.relay.app:app"},
     "config": {
         "study": "demo",
+        "start": "",
         "out-dir": "",
         "run-id": "",
         "resume": False,

@@ -32,6 +32,15 @@ def simulate(
         bool, typer.Option("--no-privacy", help="A baseline without differential privacy.")
     ] = False,
     seed: Annotated[int | None, typer.Option(min=0, help="Of initialisation and cohort.")] = None,
+    start: Annotated[
+        Path | None, typer.Option(help="Start from this published adapter (OUT of its run).")
+    ] = None,
+    sites: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keep the hospitals' ledgers, vaults and keys here [default: OUT/sites]."
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUT.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier run in OUT, ledgers included.")
@@ -83,6 +92,8 @@ def simulate(
         epsilon=epsilon,
         private=not no_privacy,
         seed=seed,
+        start=start,
+        sites=sites,
         resume=resume,
     )
     show(report, folder.absolute(), Console())

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,13 +23,15 @@ from client.site.daemon.hospital import Hospital
 from client.site.evaluation.exact import pooled_exact
 from common.envelope import from_record, to_record
 from common.identity import Identity
-from common.messages import Envelope
+from common.messages import Arrays, Envelope
 from common.study import Study
 from server import publish, report
 from server.exchange import Exchange
 from server.federation import Federation
 from server.report import Report, attach_exact
+from server.start import started
 from simulations.daemon import daemon_config
+from simulations.run import compose, share_state
 
 _NODE = 1
 
@@ -68,7 +70,10 @@ def run_inline(
     out: Path,
     *,
     vaults: Mapping[str, Path] | None = None,
+    start: Path | None = None,
+    sites: Path | None = None,
     resume: bool = False,
+    on_round: Callable[[int, Arrays], None] | None = None,
 ) -> Report:
     """Runs a resolved study over virtual hospitals in this process.
 
@@ -77,7 +82,9 @@ def run_inline(
         out: Receives what `simulate` writes, but for Flower's logs and live curves.
         vaults: Folder of each site's encoded records, shared between runs: encoding happens once.
             By default each run has its own.
+        start, sites: See `simulate`.
         resume: Go on with the run whose checkpoint lies in `out`.
+        on_round: Called with the number and the adapter of each aggregated round.
 
     Returns:
         The report, with `simulation_exact` filled in.
@@ -85,7 +92,10 @@ def run_inline(
     Raises:
         FedwardError: The study, the shards or the run; the text names the cure.
     """
+    study, begun = started(study, start)
     out.mkdir(parents=True, exist_ok=True)
+    if sites is not None:
+        share_state(out, sites)
     identity = Identity.open(out / "coordinator.key")
     config = daemon_config(shards, out / "sites", out / "daemon.sock", identity.public)
     bench = Bench(config.device, config.threads)
@@ -102,9 +112,13 @@ def run_inline(
     TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = _NODE, _NODE, _NODE
     exchange = Exchange(DirectGrid(Guard(hospitals)), identity, study, "inline", poll_seconds=0.0)
     (out / "study.toml").write_text(study.to_toml())
-    finished = Federation(exchange, study, out, resume=resume).run()
+    federation = Federation(exchange, study, out, resume=resume, start=begun)
+    if on_round is not None:
+        federation.on_line = lambda line: on_round(line["round"], federation.adapter)
+    finished = federation.run()
     described = report.build(finished)
     publish.write(out, study, finished.adapter, finished.spec, described)
     report.write(out, described)
     logging.getLogger("fedward").info("completed: %s", out)
-    return attach_exact(out, pooled_exact({site: out / "sites" / site for site in shards}))
+    exact = attach_exact(out, pooled_exact({site: out / "sites" / site for site in shards}))
+    return exact if sites is None else compose(out, shards)

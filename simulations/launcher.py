@@ -63,6 +63,7 @@ class Run:
         coordinator_key: File of the coordinator's Ed25519 key.
         daemon: Command of the site daemon, which listens on the socket it is told of; see
             `launch`.
+        start: Absolute folder of the adapter that the study starts from.
     """
 
     study: Study
@@ -71,6 +72,7 @@ class Run:
     resume: bool
     coordinator_key: Path
     daemon: Callable[[Path], Sequence[str]]
+    start: Path | None = None
 
 
 def launch(run: Run, display: Display) -> None:
@@ -163,6 +165,7 @@ class _Session:
         nodes = max(1, min(len(self.run.study.federation.sites), os.cpu_count() or 1, 4))
         config = {
             "study": str(self.run.out / "study.toml"),
+            "start": str(self.run.start or ""),
             "out-dir": str(self.run.out),
             "run-id": self.run.run_id,
             "resume": self.run.resume,

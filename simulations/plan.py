@@ -16,7 +16,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from client.site.encoders.registry import dimensions
+from client.site.encoders.registry import dimensions, tokens
 from client.site.model.files import SlmFiles, locate
 from common.errors import EncoderError, StudyError
 from common.privacy.pricing import epsilon_by_population
@@ -42,7 +42,7 @@ class Plan:
         bytes_up: From one hospital per round; as much goes down.
         largest_batch: Patients of an expected batch at the largest site.
         memory_bytes: Of a daemon on a CPU, without embeddings.
-        bytes_per_record: Of embeddings, in memory.
+        bytes_per_record: Of embeddings, in memory, all their tokens counted.
         seconds_per_round: Where one machine serves all sites, one after the other, on a CPU.
         unknown: What is not on this machine; empty where all is.
     """
@@ -91,8 +91,10 @@ def make_plan(
         reserved = epsilon_by_population(list(settled.reserved_events(names[0])), delta)
     slm, unknown = locate(settled.model.slm, settled.model.revision), ""
     dims: Mapping[str, int] | None = None
+    numbers = None  # of a record's embeddings
     try:
-        dims = dimensions(settled)
+        dims, counts = dimensions(settled), tokens(settled)
+        numbers = sum(counts[name] * dim for name, dim in dims.items())
     except EncoderError as error:
         unknown = str(error).partition("\n")[0]
     if slm is None:
@@ -108,7 +110,7 @@ def make_plan(
         steps=settled.training.steps_per_round,
         largest_batch=max(settled.expected_batch(name) for name in names),
         memory_bytes=_memory(slm, parameters) if slm and parameters else None,
-        bytes_per_record=4 * sum(dims.values()) if dims else None,
+        bytes_per_record=None if numbers is None else 4 * numbers,
         seconds_per_round=_seconds(settled, slm) if slm else None,
         unknown=unknown,
     )
@@ -212,10 +214,11 @@ def _memory(slm: SlmFiles, trainable: int) -> float:
 
 def _seconds(study: Study, slm: SlmFiles) -> float:
     total = _ROUND_SECONDS
+    tokens_per_row = sum(source.tokens for source in study.sources.values())
     for name in study.federation.sites:
         rows = study.expected_batch(name) * study.privacy.records_per_patient
         passes = math.ceil(rows / _ROWS_PER_PASS + 0.5)  # one more than full ones, half the time
-        flops = _FLOPS_PER_PARAMETER_AND_TOKEN * slm.parameters * max(rows, 4) * len(study.sources)
+        flops = _FLOPS_PER_PARAMETER_AND_TOKEN * slm.parameters * max(rows, 4) * tokens_per_row
         step = passes * _PASS_SECONDS + flops / _FLOPS_PER_SECOND
         total += study.training.steps_per_round * step
     return total

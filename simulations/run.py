@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
 
+from client.site.daemon.state import LEDGER
 from client.site.evaluation.exact import pooled_exact
 from client.site.shard.shard import META, discover
 from common.errors import FedwardError, StudyError
 from common.identity import Identity
+from common.privacy.book import Book
 from common.study import Study, resolve, unknown
-from server.publish import attribute
-from server.report import Report, attach_exact
+from server.publish import add_ledgers, attribute
+from server.report import Report, attach_exact, attach_ledgers, read
+from server.start import started
 from simulations.daemon import daemon_command, daemon_config
 from simulations.display import Display
 from simulations.launcher import Run, launch
@@ -34,6 +37,8 @@ def simulate(
     epsilon: float | None = None,
     private: bool = True,
     seed: int | None = None,
+    start: Path | str | None = None,
+    sites: Path | str | None = None,
     resume: bool = False,
     console: Console | None = None,
 ) -> Report:
@@ -51,11 +56,15 @@ def simulate(
         hospitals: Take only so many, the first by name.
         rounds, epsilon, seed: Overrides; they make another study with another hash.
         private: False runs without differential privacy (mode `none`).
+        start: Folder of the published adapter to start from; fills in the study's `[start]`.
+        sites: Folder that keeps the virtual hospitals' state (ledgers, vaults, keys) beyond this
+            run, so that several studies are charged in the same ledgers; `out/sites` by default.
         resume: Go on with the run whose checkpoint lies in `out`.
         console: Where progress is shown; standard error by default.
 
     Returns:
-        The report, with `simulation_exact` (which no real hospital would release) filled in.
+        The report, with `simulation_exact` (which no real hospital would release) filled in; with
+        `sites`, `simulation_ledgers` too.
 
     Raises:
         FedwardError: The study, the shards or the run; the text names the cure.
@@ -65,6 +74,8 @@ def simulate(
     chosen = place(study if isinstance(study, Study) else Study.load(study))
     found = dict(shards) if isinstance(shards, Mapping) else find_shards(Path(shards))
     roster = _roster(chosen, found, hospitals)
+    begun = None if start is None else Path(start).expanduser().absolute()
+    chosen, _ = started(chosen, begun)
     settled = resolve(
         chosen,
         sites=dict.fromkeys(roster),
@@ -78,6 +89,8 @@ def simulate(
     console.print("checking study and shards", highlight=False)
     origins = check(settled, roster)
     folder.mkdir(parents=True, exist_ok=True)
+    if sites is not None:
+        share_state(folder, Path(sites))
     key = folder / "coordinator.key"
     public = Identity.open(key).public
 
@@ -89,18 +102,48 @@ def simulate(
     run_id = f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
     try:
         with Display(console, settled.federation.rounds) as display:
-            launch(Run(settled, folder, run_id, resume, key, daemon), display)
+            launch(Run(settled, folder, run_id, resume, key, daemon, begun), display)
     except KeyboardInterrupt:
         again = (
             "--resume goes on" if (folder / "checkpoint").exists() else "nothing was trained yet"
         )
         console.print(f"interrupted; all that was started has ended; {again}", highlight=False)
         raise
-    attribute(folder, origins)
     report = attach_exact(folder, pooled_exact({n: folder / "sites" / n for n in roster}))
+    if sites is not None:
+        report = compose(folder, roster)
+    attribute(folder, origins)
     if why := {n: s for n, s in stories(folder).items() if n in _refused(report)}:
         console.print(f"hospitals that did not take part to the end:{told(why)}", markup=False)
     console.print(f"completed in {time.monotonic() - began:.0f} s", highlight=False)
+    return report
+
+
+def share_state(folder: Path, sites: Path) -> None:
+    """Lets the virtual hospitals of the run in `folder` live in `sites`, as earlier runs left them.
+
+    Raises:
+        FedwardError: The run has their state already, somewhere else.
+    """
+    sites = sites.expanduser().absolute()
+    sites.mkdir(parents=True, exist_ok=True)
+    link = folder / "sites"
+    if not link.exists():
+        link.unlink(missing_ok=True)  # to a folder that is gone
+        link.symlink_to(sites, target_is_directory=True)
+    if link.resolve() != sites.resolve():
+        raise FedwardError(
+            f"the hospitals of the run in {folder} keep their state in {link.resolve()}",
+            cure="leave --sites out or name that folder; or choose another --out",
+        )
+
+
+def compose(folder: Path, sites: Iterable[str]) -> Report:
+    """Adds to report and card of the run what each hospital's ledger, of all its studies, costs."""
+    delta = read(folder).privacy.delta
+    books = {name: Book.read(folder / "sites" / name / LEDGER) for name in sites}
+    report = attach_ledgers(folder, {name: book.epsilon(delta) for name, book in books.items()})
+    add_ledgers(folder, report)
     return report
 
 

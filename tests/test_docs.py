@@ -48,6 +48,7 @@ PARTS = [
     study.Evaluation,
     study.Federation,
     study.Site,
+    study.Start,
 ]
 
 

@@ -26,6 +26,11 @@ class Part(BaseModel):
                 raise ValueError(f"a control character in {text!r}")
         return raw
 
+    def needs_no_privacy(self) -> str | None:
+        """Why what is chosen here can train in mode `none` alone, and the cure; None where it can
+        in every mode."""
+        return None
+
 
 def _texts(raw: Any) -> Iterable[str]:
     """Strings of a section itself; those of sections within are theirs to check."""

@@ -89,7 +89,7 @@ class StandIn(RiskModel):
             self.mix = nn.Linear(_HIDDEN, _HIDDEN)
             self.register_buffer("rows", torch.randn(TASKS, _HIDDEN) / _HIDDEN**0.5)
 
-    def forward(self, inputs: Any, present: Any) -> Prediction:
+    def predict(self, inputs: Any, present: Any) -> Prediction:
         tokens = torch.cat([p(inputs[s]) * present[s][..., None] for s, p in self._named()], 1)
         mask = torch.cat([present[s] for s, _ in self._named()], 1)[..., None]
         hidden = tokens + self.mix(functional.silu(tokens))

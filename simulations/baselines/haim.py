@@ -6,10 +6,11 @@ One XGBoost classifier per task on the embeddings of all sources side by side, h
 .05. HAIM splits by stay, so that one patient can stand on both sides; here every split is by
 patient, of the shard's validation patients and of the folds alike.
 
-    python -m simulations.baselines.haim STUDY FOLDER [--local] [--one]
+    python -m simulations.baselines.haim STUDY FOLDER [--local | --federated] [--one]
 
-Trees have no privacy. Pooled, the records of all hospitals lie in one place, as none would allow;
-`--local` trains each hospital on its own and averages the hospitals' metrics.
+Pooled, the records of all hospitals lie in one place, as none would allow; `--local` trains each
+hospital on its own, `--federated` all of them by exchanging trees (`fed_xgb`). None of it has
+privacy: epsilon is infinite.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +48,15 @@ ONE: Mapping[str, Sequence[float]] = {
 """One point of the grid, for a first look."""
 
 _FOLDS = 5
+
+Arrangement = Literal["pooled", "local", "federated"]
+PRIVACY: Mapping[Arrangement, str] = {
+    "pooled": "no privacy (epsilon infinite): all hospitals' records lie in one place",
+    "local": "no exchange; the trees hold exact values of patients, and must stay at the hospital",
+    "federated": "no privacy (epsilon infinite): every tree shows coordinator and hospitals exact "
+    "values of patients",
+}
+"""What each arrangement shows of patients, and to whom."""
 
 
 @dataclass(frozen=True)
@@ -127,12 +137,43 @@ def fit_and_score(
     return logits
 
 
+def scores(
+    trains: Sequence[Table],
+    validations: Sequence[Table],
+    arrangement: Arrangement,
+    *,
+    grid: Mapping[str, Sequence[float]] = GRID,
+    seed: int = 0,
+    threads: int = 1,
+) -> NDArray[np.float64]:
+    """Logits `[N, K]` of all hospitals' validation records, in the order of `pooled(validations)`.
+
+    Args:
+        trains, validations: One table per hospital, hospitals in the same order.
+        arrangement: `pooled`: one booster on all records; `local`: each hospital scores its own
+            records by its own trees; `federated`: one booster by exchanging trees.
+    """
+    if arrangement == "federated":
+        # Knows the tables of this module; and Flower is wanted by this arrangement alone.
+        from simulations.baselines import fed_xgb
+
+        held = pooled(validations)
+        return fed_xgb.fit_and_score(trains, held, grid=grid, seed=seed, threads=threads)
+    if arrangement == "local":
+        pairs = list(zip(trains, validations, strict=True))
+    else:
+        pairs = [(pooled(trains), pooled(validations))]
+    return np.concatenate(
+        [fit_and_score(t, v, grid=grid, seed=seed, threads=threads) for t, v in pairs]
+    )
+
+
 def evaluate(
     study: Study,
     shards: Mapping[str, Path],
     vaults: Path,
     *,
-    local: bool = False,
+    arrangement: Arrangement = "pooled",
     grid: Mapping[str, Sequence[float]] = GRID,
 ) -> dict[str, Any]:
     """Exact metrics on validation patients, which no real hospital would release.
@@ -140,11 +181,9 @@ def evaluate(
     Args:
         shards: Folder of each hospital.
         vaults: Folder for the encoded records, one vault per hospital.
-        local: Train each hospital on its own patients, and score its own.
 
     Returns:
-        `exact_metrics` of all hospitals together; with `local`, of each hospital by its own trees,
-        scored together.
+        `exact_metrics` of all hospitals' scores together.
     """
     trains, validations, start = [], [], 0
     for name, path in shards.items():
@@ -156,14 +195,7 @@ def evaluate(
         start += site.train.n_patients
         validations.append(table_of(site.validation, start))
         start += site.validation.n_patients
-    if local:
-        scores = [
-            fit_and_score(train, held, grid=grid, seed=study.seed)
-            for train, held in zip(trains, validations, strict=True)
-        ]
-        logits = np.concatenate(scores)
-    else:
-        logits = fit_and_score(pooled(trains), pooled(validations), grid=grid, seed=study.seed)
+    logits = scores(trains, validations, arrangement, grid=grid, seed=study.seed)
     held = pooled(validations)
     return exact_metrics(logits, held.labels, held.patients, list(study.tasks))
 
@@ -176,7 +208,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("study", help="a study file, or the name of a ready one")
     parser.add_argument("shards", type=Path, help="folder of hospitals")
     parser.add_argument("--vaults", type=Path, default=Path("runs/haim"))
-    parser.add_argument("--local", action="store_true", help="each hospital on its own")
+    kinds = parser.add_mutually_exclusive_group()
+    for kind in get_args(Arrangement):
+        kinds.add_argument(
+            f"--{kind}", dest="arrangement", action="store_const", const=kind, help=PRIVACY[kind]
+        )
+    parser.set_defaults(arrangement="pooled")
     parser.add_argument("--one", action="store_true", help="one point of the grid")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(arguments)
@@ -184,13 +221,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Study.load(given.study),
         find_shards(given.shards),
         given.vaults,
-        local=given.local,
+        arrangement=given.arrangement,
         grid=ONE if given.one else GRID,
     )
     if given.json:
-        print(json.dumps(found))
+        about = {"arrangement": given.arrangement, "privacy": PRIVACY[given.arrangement]}
+        print(json.dumps(about | found))
         return
     console = Console()
+    console.print(f"{given.arrangement}: {PRIVACY[given.arrangement]}", highlight=False)
     for task, values in [*found["tasks"].items(), ("macro", found["macro"])]:
         shown = (f"{values[m]:.3f}" if values[m] is not None else "–" for m in ("auroc", "auprc"))
         console.print(f"{task:30} AUROC {next(shown)}  AUPRC {next(shown)}", highlight=False)

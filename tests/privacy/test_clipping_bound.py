@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from client.site.encoders.dataset import Dataset
 from client.site.training.clipping import PatientClipper
@@ -76,6 +77,7 @@ class Shared(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(10, 10)
+        self.normed = weight_norm(nn.Linear(10, 10))
         self.norms = nn.ModuleList([nn.LayerNorm(10), nn.RMSNorm(10)])
         self.table = nn.Embedding(4, 10)
 
@@ -84,10 +86,11 @@ class Shared(nn.Module):
         entries = present["note"].long()
         x = x + self.table(entries) + self.table(entries.flip(1) * 3)
         for norm in self.norms:
-            x = norm(self.linear(x)).tanh()
+            x = norm(self.normed(self.linear(x))).tanh()
         pooled = x.mean(1)  # [R, 10]: another number of tokens
         for norm in self.norms:
-            pooled = norm(self.linear(pooled) + self.table(entries[:, 0])).tanh()
+            pooled = norm(self.normed(pooled) + self.linear(pooled) + self.table(entries[:, 0]))
+            pooled = pooled.tanh()
         return pooled[:, :3]
 
 
@@ -136,9 +139,12 @@ def test_engine_equals_opacus_hooks_for_one_record_per_patient(
 class Cancelling(nn.Module):
     """loss = ± strength · direction · W x: what a coordinator's adapter can make of any model."""
 
-    def __init__(self, features: int, hidden: int, strength: float, bias: bool) -> None:
+    def __init__(
+        self, features: int, hidden: int, strength: float, bias: bool, normed: bool = False
+    ) -> None:
         super().__init__()
-        self.projector = nn.Linear(features, hidden, bias=bias)
+        linear = nn.Linear(features, hidden, bias=bias)
+        self.projector = weight_norm(linear) if normed else linear
         self.register_buffer("direction", strength * torch.randn(hidden))
 
 
@@ -204,6 +210,97 @@ def test_exact_cancellation_of_huge_gradients_leaves_no_rounding_in_the_sum(clip
         clipper, model, dataset, dataset.rows_of_patient[1:], row_loss=cancelling_loss
     )
     assert (with_them - without).norm() <= SLACK * C
+
+
+# --- weight norm: the adapter also chooses the map from the gradient of W to that of (s, v)
+
+HOSTILE_NORMS: dict[str, tuple[float, float]] = {  # factors on s and on v
+    "plain": (1.0, 1.0),
+    "tiny s": (1e-30, 1.0),
+    "huge s": (1e30, 1.0),
+    "v near 0": (1.0, 1e-30),
+    "v among the subnormals": (1.0, 1e-43),
+    "huge v": (1.0, 1e30),
+    "s of both signs": (-1e6, 1e-6),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE_NORMS)
+@pytest.mark.parametrize("features", [7, 300])
+def test_cancelling_records_stay_below_C_under_a_hostile_weight_norm(clipped_sum, case, features):
+    """Near-identical records, opposite gradients, and `s` and `v` of any size: a float32 norm of
+    the same gradient would release far more than C."""
+    s, v = HOSTILE_NORMS[case]
+    worst, broken = [], []
+    for difference in (1e-2, 1e-4, 1e-7, 0.0):
+        for strength in (1e-3, 1e2, 1e9):
+            model = Cancelling(features, 5, strength, bias=True, normed=True)
+            weight = model.projector.parametrizations.weight
+            with torch.no_grad():
+                weight.original0.mul_(s)
+                weight.original1.mul_(v)
+            dataset = near_duplicates(features, difference)
+            everyone, clipper = dataset.rows_of_patient, PatientClipper(model, C, 2)
+
+            def total(rows, clipper=clipper, model=model, dataset=dataset):
+                return clipped_sum(clipper, model, dataset, rows, row_loss=cancelling_loss)
+
+            whole = total(everyone)
+            assert torch.isfinite(whole).all()
+            worst.append(float((whole - total(everyone[1:])).norm()) / C)
+            g = torch.stack([model.direction, -model.direction]) / 2
+            exact = weight_norm_gradient(model, dataset.inputs["lab"][:2, 0], g, torch.float64)
+            naive = weight_norm_gradient(model, dataset.inputs["lab"][:2, 0], g, torch.float32)
+            broken.append(float(exact / C * (C / naive).clamp(max=1)))
+    assert max(worst) <= 1 + SLACK
+    if case == "plain":
+        assert max(broken) > 1.5, "the attack must work against the naive norm"
+        assert max(worst) >= 0.999
+
+
+def weight_norm_gradient(model: nn.Module, x: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+    """Norm of one patient's gradient of (s, v, b), by the formula that needs no second pass:
+    Σ_o Δs_o² + r_o² (‖ΔW_o‖² − Δs_o²), with a Gram for ‖ΔW_o‖."""
+    weight = model.projector.parametrizations.weight
+    v, s, x, g = (value.detach().to(dtype) for value in (weight.original1, weight.original0, x, g))
+    lengths = v.norm(dim=1, keepdim=True)
+    scale = (g.T @ x * v / lengths).sum(1)
+    of_rows = (g.T[:, :, None] * g.T[:, None, :] * (x @ x.T)).sum((1, 2))
+    direction = (s / lengths).square().flatten() * (of_rows - scale.square())
+    return (scale.square() + direction + g.sum(0).square()).sum().clamp(min=0).sqrt()
+
+
+@pytest.mark.parametrize("broken", ["zero", "infinite"])
+def test_a_weight_norm_without_a_direction_lets_nobody_contribute(clipped_sum, broken):
+    """v = 0 has no direction, and the map from ΔW is not finite: no patient, rather than NaN."""
+
+    def only_the_first(model, inputs, present, labels):
+        # The broken row's output is left out, so that no loss and no gradient is NaN.
+        return model.projector(inputs["lab"])[:, 0, 0] * model.direction[0]
+
+    model, dataset = Cancelling(7, 5, 1.0, True, normed=True), near_duplicates(7, 1e-2)
+    clipper = PatientClipper(model, C, 2)
+    rows = dataset.rows_of_patient
+    assert clipped_sum(clipper, model, dataset, rows, row_loss=only_the_first).any()
+    with torch.no_grad():
+        model.projector.parametrizations.weight.original1[3] = (
+            0.0 if broken == "zero" else torch.inf
+        )
+    got = clipped_sum(clipper, model, dataset, rows, row_loss=only_the_first)
+    assert torch.equal(got, torch.zeros_like(got))
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_sum_moves_by_at_most_C_with_a_weight_norm_of_any_scale(make_dataset, clipped_sum, k):
+    for scale in (1e-6, 1.0, 1e3):
+        model, dataset = Shared(), make_dataset()
+        for p in model.parameters():
+            nn.init.normal_(p, std=scale)
+        clipper, chosen = PatientClipper(model, C, k), draw(dataset, k, 4, 7)
+        whole = clipped_sum(clipper, model, dataset, chosen)
+        for leaver in range(7):
+            rest = clipped_sum(clipper, model, dataset, chosen[:leaver] + chosen[leaver + 1 :])
+            assert (whole - rest).norm() <= C * (1 + SLACK)
 
 
 def test_a_patients_contribution_does_not_depend_on_the_others(

@@ -223,14 +223,14 @@ def test_where_kernels_mix_patients_each_has_a_pass_of_their_own(
 ) -> None:
     world, study = ward.Ward(tmp_path), ward.make_study()
     initial = world.prepared(study)
-    forward, sizes = UniMlm.forward, []
+    predict, sizes = UniMlm.predict, []
 
     def mixing(self: UniMlm, inputs: Any, present: Any) -> Prediction:
-        logits = forward(self, inputs, present).logits_BK
+        logits = predict(self, inputs, present).logits_BK
         sizes.append(len(logits))
         return Prediction(logits * (1 + 1e-6 * torch.arange(len(logits)))[:, None])
 
-    monkeypatch.setattr(UniMlm, "forward", mixing)
+    monkeypatch.setattr(UniMlm, "predict", mixing)
     answer, _ = world.ask(world.request(kind, study, round=1), initial)
     assert answer.refusal is None
     passes = sizes[3:] if kind == "evaluate" else sizes[-2:]

@@ -61,11 +61,6 @@ REFUSED = {
     "root parameter": (Lone(), "the model itself", r"Embedding\(1, d"),
     "tied": (Tied(), r"up.weight is the same tensor as down.weight", "untie"),
     "dora": (dora(), "DoRA normalises", "use_dora = false"),
-    "weight norm": (
-        nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))),
-        "Parametrized",
-        "hold each trainable tensor",
-    ),
     "frozen batch norm in train mode": (
         nn.Sequential(nn.Linear(4, 4), frozen(nn.BatchNorm1d(4))),
         "1 .BatchNorm1d. computes statistics over the batch",

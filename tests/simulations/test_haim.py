@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,7 +13,16 @@ import torch
 from client.site.encoders.dataset import Dataset
 from common.study import Study
 from simulations.baselines import haim
-from simulations.baselines.haim import GRID, ONE, Table, fit_and_score, pooled, table_of
+from simulations.baselines.haim import (
+    GRID,
+    ONE,
+    Arrangement,
+    Table,
+    fit_and_score,
+    pooled,
+    scores,
+    table_of,
+)
 
 
 def made(seed: int, patients: int = 300) -> Table:
@@ -86,10 +97,62 @@ def test_the_grid_is_haims() -> None:
     }
 
 
-@pytest.mark.parametrize("local", [False, True])
-def test_it_runs_on_shards(open_data: Path, tmp_path: Path, local: bool) -> None:
+def test_arrangements_differ_in_who_trains_for_whom() -> None:
+    """The second hospital's labels are turned round: alone it is right, together nobody is."""
+    trains, held = [made(1), made(2)], [made(3, patients=80), made(4, patients=120)]
+    for table in (trains[1], held[1]):
+        known = table.labels >= 0
+        table.labels[known] = 1 - table.labels[known]
+    few = {"max_depth": (3,), "n_estimators": (40,), "learning_rate": (0.3,)}
+    found = {kind: scores(trains, held, kind, grid=few) for kind in get_args(Arrangement)}
+    labels = pooled(held).labels
+    known = labels[:, 0] >= 0
+    assert all(logits.shape == labels.shape for logits in found.values())
+    right = {
+        kind: float(((logits[:, 0] > 0) == (labels[:, 0] == 1))[known].mean())
+        for kind, logits in found.items()
+    }
+    assert right["local"] > 0.85
+    assert right["pooled"] < 0.65
+    assert right["federated"] < 0.65
+    np.testing.assert_array_equal(
+        found["local"][: len(held[0].x)], fit_and_score(trains[0], held[0], grid=few)
+    )
+
+
+@pytest.mark.parametrize("arrangement", get_args(Arrangement))
+def test_it_runs_on_shards(open_data: Path, tmp_path: Path, arrangement: Arrangement) -> None:
     study = Study.load("physionet2012")
     folders = dict(list(haim.find_shards(open_data / "physionet-2012").items())[:2])
     few = {"max_depth": (3,), "n_estimators": (20,), "learning_rate": (0.3,)}
-    found = haim.evaluate(study, folders, tmp_path, local=local, grid=few)
+    found = haim.evaluate(study, folders, tmp_path, arrangement=arrangement, grid=few)
     assert found["macro"]["auroc"] > 0.7
+
+
+@pytest.mark.parametrize(
+    ("flags", "arrangement"),
+    [([], "pooled"), (["--local"], "local"), (["--federated"], "federated")],
+)
+def test_the_command_says_what_it_shows_of_patients(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    flags: list[str],
+    arrangement: Arrangement,
+) -> None:
+    asked = {}
+
+    def evaluate(*_: object, **rest: object) -> dict[str, object]:
+        asked.update(rest)
+        return {"tasks": {}, "macro": {"auroc": 0.5, "auprc": None}}
+
+    monkeypatch.setattr(haim, "evaluate", evaluate)
+    monkeypatch.setattr(haim, "find_shards", lambda folder: {})
+    haim.main(["physionet2012", str(tmp_path), "--one", *flags])
+    assert asked == {"arrangement": arrangement, "grid": ONE}
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"{arrangement}: {haim.PRIVACY[arrangement]}" in shown
+    haim.main(["physionet2012", str(tmp_path), "--json", *flags])
+    told = json.loads(capsys.readouterr().out)
+    assert told["arrangement"] == arrangement
+    assert told["privacy"] == haim.PRIVACY[arrangement]

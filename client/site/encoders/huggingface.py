@@ -11,33 +11,38 @@ import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from client.site.encoders import grid
 from client.site.encoders.encoder import Embedding, file_digest, fingerprint
+from client.site.encoders.grid import pool_grid
 from client.site.shard import to_grey
 from common.errors import EncoderError
 
 _FILES = ("*.safetensors", "*.json", "*.txt", "*.model")
 _CHUNK_TOKENS = 512
+_MOST_SPECIAL = 16  # class tokens and registers before the patches of an image
 
 
 class _HuggingFace:
     """What text and image models share: where the files are, and who they are.
 
+    Args:
+        tokens: 1 gives one vector; above, the last hidden states of at most so many tokens.
+
     Raises:
         EncoderError: The files cannot be had, or hold no safetensors.
     """
 
-    tokens = 1
-
-    def __init__(self, name: str, revision: str | None) -> None:
+    def __init__(self, name: str, revision: str | None, tokens: int = 1) -> None:
         import transformers
 
+        self.tokens = tokens
         self._folder = _folder(name, revision)
         digests = file_digest(file for kind in _FILES for file in self._folder.glob(kind))
         if not any(file.endswith(".safetensors") for file in digests):
@@ -48,12 +53,16 @@ class _HuggingFace:
             )
         self.dim = self._width()
         self.fingerprint = fingerprint(
-            _HuggingFace, files=digests, versions=[torch.__version__, transformers.__version__]
+            _HuggingFace,
+            grid,
+            files=digests,
+            versions=[torch.__version__, transformers.__version__],
+            tokens=tokens,
         )
         shown = f"{name}@{revision}" if revision else "own folder"
         self.description = (
             f"huggingface: {self._config.model_type}, {shown}, files {self.fingerprint[:12]}, "
-            f"{self.dim} numbers"
+            f"{'' if tokens == 1 else f'at most {tokens} tokens of '}{self.dim} numbers"
         )
 
     @cached_property
@@ -107,33 +116,40 @@ class _HuggingFace:
         return model.eval().requires_grad_(False).to(device, torch.float32), not pooler
 
     @torch.inference_mode()
-    def _vector(self, **features: Tensor) -> Embedding:
-        """Pooled output `[1, d]` of one input, alone in its batch.
+    def _output(self, **features: Tensor) -> Any:
+        """The model's output for one input, alone in its batch.
 
         Kernels may round differently with the batch's size, and a killed encode would resume in
         other batches.
         """
-        model, has_pooler = self._model
+        model, _ = self._model
         device = next(model.parameters()).device
         try:
-            output = model(**{name: value.to(device) for name, value in features.items()})
+            return model(**{name: value.to(device) for name, value in features.items()})
         except (IndexError, ValueError) as error:
             raise EncoderError(
                 f"{self._folder}: tokenizer or preprocessing does not fit the model ({error})",
                 cure="give the files of one checkpoint, as save_pretrained writes them",
             ) from error
+
+    def _vector(self, **features: Tensor) -> Embedding:
+        """Pooled output `[1, d]` of one input."""
+        output = self._output(**features)
         pooled = getattr(output, "pooler_output", None)
-        if pooled is not None and has_pooler:
+        if pooled is not None and self._model[1]:
             vector = pooled.flatten(1)
         else:
             hidden = output.last_hidden_state
             vector = hidden.mean(dim=(2, 3)) if hidden.dim() == 4 else hidden.mean(dim=1)
-        if vector.shape != (1, self.dim):
+        return self._checked(vector)
+
+    def _checked(self, x_td: Tensor) -> Embedding:
+        if x_td.shape[-1] != self.dim or x_td.dim() != 2:
             raise EncoderError(
-                f"{self._folder} gives {tuple(vector.shape)}, not (1, {self.dim})",
+                f"{self._folder} gives {tuple(x_td.shape)}, not vectors of {self.dim} numbers",
                 cure="name a model whose output is as wide as its hidden size",
             )
-        return np.asarray(vector.float().cpu().numpy())
+        return np.asarray(x_td.float().cpu().numpy())
 
 
 class HuggingFaceText(_HuggingFace):
@@ -142,6 +158,9 @@ class HuggingFaceText(_HuggingFace):
     A note longer than 512 tokens (or than the model takes) is cut into as few chunks as needed, of
     nearly equal length; each is encoded by the trained pooler, or where the checkpoint has none by
     the mean of the last hidden states. HAIM cuts at line breaks and never encodes the last chunk.
+
+    Above one token, the note's first word pieces, at most `tokens` and at most a chunk, are encoded
+    as if the note ended there; special tokens are left out of the result.
     """
 
     @cached_property
@@ -156,8 +175,10 @@ class HuggingFaceText(_HuggingFace):
         return tokenizer
 
     def encode(self, inputs: Sequence[str]) -> list[Embedding]:
-        """One vector `[1, dim]` per text; `[0, dim]` for a text without tokens."""
-        return [self._encode(text) for text in inputs]
+        """One vector `[1, dim]` per text, or its word pieces `[t, dim]`, t <= tokens; `[0, dim]`
+        for a text without tokens."""
+        encode = self._encode if self.tokens == 1 else self._word_pieces
+        return [encode(text) for text in inputs]
 
     def chunks(self, text: str) -> list[list[int]]:
         """Token numbers of each chunk, special tokens included; together they hold every token."""
@@ -166,13 +187,36 @@ class HuggingFaceText(_HuggingFace):
         if not count:
             return []
         special = tokenizer.num_special_tokens_to_add()
-        positions = getattr(self._config, "max_position_embeddings", _CHUNK_TOKENS)
-        room = min(_CHUNK_TOKENS, tokenizer.model_max_length, positions) - special
-        each = math.ceil(count / math.ceil(count / room))
+        each = math.ceil(count / math.ceil(count / self._room))
         pieces = tokenizer(
             text, truncation=True, max_length=each + special, return_overflowing_tokens=True
         )
         return [list(piece) for piece in pieces["input_ids"]]
+
+    @property
+    def _room(self) -> int:
+        """Most word pieces of a chunk, special tokens not counted."""
+        tokenizer = self._tokenizer
+        positions = getattr(self._config, "max_position_embeddings", _CHUNK_TOKENS)
+        longest = min(_CHUNK_TOKENS, tokenizer.model_max_length, positions)
+        return int(longest - tokenizer.num_special_tokens_to_add())
+
+    def _word_pieces(self, text: str) -> Embedding:
+        tokenizer = self._tokenizer
+        longest = min(self.tokens, self._room) + tokenizer.num_special_tokens_to_add()
+        start = tokenizer(
+            text,
+            truncation=True,
+            max_length=longest,
+            truncation_side="right",
+            return_special_tokens_mask=True,
+        )
+        kept = ~torch.tensor(start["special_tokens_mask"], dtype=torch.bool)
+        if not kept.any():
+            return np.zeros((0, self.dim), dtype=np.float32)
+        ids = torch.tensor([start["input_ids"]])
+        output = self._output(input_ids=ids, attention_mask=torch.ones_like(ids))
+        return self._checked(output.last_hidden_state[0].cpu()[kept])
 
     def _encode(self, text: str) -> Embedding:
         chunks = self.chunks(text)
@@ -189,7 +233,28 @@ class HuggingFaceImage(_HuggingFace):
     """A vision model with its own preprocessing; pooled output, or the mean over all its tokens.
 
     Grey images, of 8 to 16 bits, are repeated in three channels; colour images keep theirs.
+
+    Above one token, the patches of the last hidden state row by row, without class token and
+    registers; of a convolutional model, its feature map. More of them than `tokens` are averaged to
+    a coarser grid, see `pool_grid`.
+
+    Raises:
+        EncoderError: As above; or tokens of a model whose configuration tells of no patches.
     """
+
+    def __init__(self, name: str, revision: str | None, tokens: int = 1) -> None:
+        super().__init__(name, revision, tokens)
+        maps = hasattr(self._config, "hidden_sizes")  # convolutional
+        # A tower that merges its patches has depths.
+        patches = hasattr(self._config, "patch_size") and not hasattr(self._config, "depths")
+        if tokens > 1 and not (maps or patches):
+            self._refuse_tokens()
+
+    def _refuse_tokens(self) -> NoReturn:
+        raise EncoderError(
+            f"encoder huggingface: {self._config.model_type} gives one token, no grid of patches",
+            cure="set tokens = 1, or name a ViT",
+        )
 
     @cached_property
     def _processor(self) -> Any:
@@ -198,14 +263,32 @@ class HuggingFaceImage(_HuggingFace):
         return self._load(AutoImageProcessor)
 
     def encode(self, inputs: Sequence[Image.Image]) -> list[Embedding]:
-        """One vector `[1, dim]` per image."""
+        """One vector `[1, dim]` per image, or its patches `[t, dim]`, t <= tokens."""
         return [self._encode(picture) for picture in inputs]
 
     def _encode(self, picture: Image.Image) -> Embedding:
         if len(picture.getbands()) < 3 and picture.mode != "P":
             picture = Image.fromarray(np.rint(255 * to_grey(picture)).astype(np.uint8))
         pixels = self._processor(images=picture.convert("RGB"), return_tensors="pt")
-        return self._vector(pixel_values=pixels["pixel_values"])
+        if self.tokens == 1:
+            return self._vector(pixel_values=pixels["pixel_values"])
+        return self._patches(pixels["pixel_values"])
+
+    def _patches(self, pixels_1CHW: Tensor) -> Embedding:
+        hidden = self._output(pixel_values=pixels_1CHW).last_hidden_state[0]
+        if hidden.dim() == 3:
+            x_HWd = hidden.permute(1, 2, 0)
+        else:
+            size = getattr(self._config, "patch_size", None)
+            if not isinstance(size, int):
+                self._refuse_tokens()
+            height, width = (side // size for side in pixels_1CHW.shape[2:])
+            # Class token and registers stand before the patches.
+            if not height * width <= len(hidden) <= height * width + _MOST_SPECIAL:
+                self._refuse_tokens()
+            x_HWd = hidden[-height * width :].unflatten(0, (height, width))
+        x_td = self._checked(x_HWd.flatten(0, 1))
+        return pool_grid(x_td.reshape(*x_HWd.shape), self.tokens)
 
 
 def _folder(name: str, revision: str | None) -> Path:

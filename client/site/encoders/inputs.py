@@ -12,7 +12,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from client.site.encoders.encoder import Embedding, InputEncoder
-from client.site.encoders.pooling import pool, weights
+from client.site.encoders.pooling import UNNORMALISED, pool, weighted_sum, weights
 from client.site.encoders.registry import Precomputed
 from client.site.encoders.vault import Item, Vault
 from client.site.shard import Shard, decode_image
@@ -36,6 +36,8 @@ def encode_inputs(
     """Embeddings of each record's visible inputs, pooled.
 
     Each input is encoded once, whichever records see it; a file or text that occurs twice, once.
+    Where the source has several tokens, they are those of the latest note or image, or the latest
+    precomputed rows; of one hour, the order is that of the content's hash.
 
     Args:
         name: Of the source; precomputed vectors are found by it.
@@ -68,6 +70,7 @@ def encode_inputs(
             embeddings[row], identities[row] = embedding, identity
             report(len(embeddings), len(needed))
     report(len(needed), len(needed))
+    combine = weighted_sum if source.pooling in UNNORMALISED else pool
     for (record,), rows in visible.group_by("record", maintain_order=True):
         # Inputs without content (a note without words) are as good as not there. The sum goes in
         # the order of time and content, so that the order of the table means nothing.
@@ -76,9 +79,13 @@ def encode_inputs(
             for row, hours in rows.select("input", "hours").iter_rows()
             if len(embeddings[row])
         )
-        if chosen:
+        if chosen and source.tokens > 1:
+            latest = chosen[-encoder.tokens :] if isinstance(encoder, Precomputed) else chosen[-1:]
+            tokens_td = np.concatenate([embeddings[row] for _, _, row in latest])
+            x_NTd[record, : len(tokens_td)], mask_NT[record, : len(tokens_td)] = tokens_td, True
+        elif chosen:
             share = weights(np.array([hours for hours, _, _ in chosen]), source.pooling)
-            x_NTd[record], mask_NT[record] = pool(
+            x_NTd[record], mask_NT[record] = combine(
                 [embeddings[row] for _, _, row in chosen], share, encoder.tokens
             )
     return x_NTd, mask_NT

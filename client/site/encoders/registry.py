@@ -14,15 +14,17 @@ class Precomputed:
     """Vectors that were encoded elsewhere, from the shard's table `embeddings`.
 
     The rows of a source named `x` are those whose column `source` says `x`. They lie in the shard
-    as they are, so the vault keeps no second copy.
+    as they are, so the vault keeps no second copy. A row is a token: above one, a record has the
+    latest `tokens` rows up to its cutoff, in the order of time.
     """
 
-    tokens = 1
-
-    def __init__(self, dim: int) -> None:
-        self.dim = dim
+    def __init__(self, dim: int, tokens: int) -> None:
+        self.dim, self.tokens = dim, tokens
         self.fingerprint = ""
-        self.description = f"precomputed: {dim} numbers, encoded elsewhere and taken as they are"
+        rows = f"the latest {tokens} rows of " if tokens > 1 else ""
+        self.description = (
+            f"precomputed: {rows}{dim} numbers, encoded elsewhere and taken as they are"
+        )
 
 
 def build_encoder(source: Source) -> Encoder | Precomputed:
@@ -31,7 +33,14 @@ def build_encoder(source: Source) -> Encoder | Precomputed:
     Raises:
         StudyError, EncoderError: A name that nothing answers to, or weights that are not there.
     """
-    return _build(source.modality, source.encoder, source.revision, source.series, source.dim)
+    return _build(
+        source.modality,
+        source.encoder,
+        source.revision,
+        source.series,
+        source.dim,
+        source.tokens,
+    )
 
 
 def release_encoders() -> None:
@@ -42,6 +51,11 @@ def release_encoders() -> None:
 def dimensions(study: Study) -> dict[str, int]:
     """Width of each source's embedding, in the study's order."""
     return {name: build_encoder(source).dim for name, source in study.sources.items()}
+
+
+def tokens(study: Study) -> dict[str, int]:
+    """Most tokens of each source in a record, in the study's order."""
+    return {name: build_encoder(source).tokens for name, source in study.sources.items()}
 
 
 def describe(study: Study) -> Mapping[str, str]:
@@ -56,7 +70,12 @@ def fingerprints(study: Study) -> dict[str, str]:
 
 @lru_cache(maxsize=32)
 def _build(
-    modality: str, encoder: str, revision: str | None, series: tuple[str, ...], dim: int | None
+    modality: str,
+    encoder: str,
+    revision: str | None,
+    series: tuple[str, ...],
+    dim: int | None,
+    tokens: int,
 ) -> Encoder | Precomputed:
     # Imports stay inside: torch and transformers cost seconds that a study of series never needs.
     family, _, name = encoder.partition(":")
@@ -71,24 +90,25 @@ def _build(
     if encoder == "hashed-text":
         from client.site.encoders.text import HashedText
 
-        return HashedText()
+        return HashedText(tokens=tokens)
     if encoder == "image-descriptor":
         from client.site.encoders.image import ImageDescriptor
 
-        return ImageDescriptor()
+        return ImageDescriptor(tokens)
     if encoder == "precomputed":
         assert dim is not None, "the study declares it"
-        return Precomputed(dim)
+        return Precomputed(dim, tokens)
     if family == "torchxrayvision" and modality == "image":
         _need(encoder, "torchxrayvision")
         from client.site.encoders.xrv import TorchXRayVision
 
-        return TorchXRayVision(name)
+        return TorchXRayVision(name, tokens)
     if family == "huggingface":
         _need(encoder, "transformers")
         from client.site.encoders.huggingface import HuggingFaceImage, HuggingFaceText
 
-        return (HuggingFaceImage if modality == "image" else HuggingFaceText)(name, revision)
+        build = HuggingFaceImage if modality == "image" else HuggingFaceText
+        return build(name, revision, tokens)
     raise unknown("encoder", encoder, _EMBEDDED, cure="see docs/encoders.md")
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from client.site.encoders.dataset import Dataset
 from client.site.encoders.encoder import Embedding, RecordEncoder, unit_norm
 from client.site.encoders.inputs import encode_inputs
+from client.site.encoders.pooling import UNNORMALISED
 from client.site.encoders.registry import build_encoder
 from client.site.encoders.vault import Item, Vault
 from client.site.shard import Shard
@@ -59,8 +60,10 @@ def encode_site(
     Only inputs with ``hours <= cutoff_hours`` of their record are ever read. What a shard lacks is
     absent (a source) or unknown (a task): hospitals differ. The result is a function of shard,
     study and `population_key`; the vault's state and the order of an input table change nothing.
-    Tokens of images, texts and precomputed embeddings are scaled to norm 1; those of series and
-    tables are bounded by their encoders.
+    Tokens of images, texts and precomputed embeddings are scaled to norm 1 (before pooling, where
+    it is `UNNORMALISED`); those of series and tables are bounded by their encoders. Records
+    without any source are left out (under `complete_records_only`, those that lack one), and
+    patients who have no other: a function of each patient's own records.
 
     Args:
         population_key: The site's lasting secret: HMAC-SHA256(key, patient_id), as a fraction,
@@ -83,20 +86,22 @@ def encode_site(
             x_NTd, mask_NT = _encode_records(encoder, shard, vault, report)
         else:
             x_NTd, mask_NT = encode_inputs(name, source, encoder, shard, vault, report)
-        if source.modality in ("image", "text", "embedding"):
+        if source.modality in ("image", "text", "embedding") and source.pooling not in UNNORMALISED:
             # Like the series' caps: no source may spend all of a patient's clipped norm.
             x_NTd = unit_norm(x_NTd)
         inputs[name], present[name] = torch.from_numpy(x_NTd), torch.from_numpy(mask_NT)
         if not mask_NT.any():
             remarks.append(f"source '{name}' is absent in every record")
+    rows = _kept(study, present, remarks)
+    records = shard.records[rows]
     whole = Dataset(
-        rows_of_patient=_rows_of_patient(shard.records),
-        inputs=inputs,
-        present=present,
-        labels=labels,
-        record_ids=shard.records["record_id"].to_list(),
+        rows_of_patient=_rows_of_patient(records),
+        inputs={name: x_NTd[rows] for name, x_NTd in inputs.items()},
+        present={name: mask_NT[rows] for name, mask_NT in present.items()},
+        labels=labels[rows],
+        record_ids=records["record_id"].to_list(),
     )
-    apart = validates(shard.records, population_key, study.evaluation.validation_fraction)
+    apart = validates(records, population_key, study.evaluation.validation_fraction)
     return Populations(
         train=whole.subset(np.flatnonzero(~apart)),
         validation=whole.subset(np.flatnonzero(apart)),
@@ -121,6 +126,23 @@ def _labels(study: Study, shard: Shard) -> tuple[torch.Tensor, list[str]]:
     ]
     remarks = [f"task '{task}' has no column here: unknown in every record" for task in missing]
     return torch.from_numpy(np.stack(columns, axis=1)), remarks
+
+
+def _kept(study: Study, present: dict[str, torch.Tensor], remarks: list[str]) -> NDArray[np.int64]:
+    """Numbers of the records that the study takes; a remark on those that it leaves out."""
+    there_SN = np.stack([mask_NT.any(dim=1).numpy() for mask_NT in present.values()])
+    if not study.complete_records_only:
+        rows = np.flatnonzero(there_SN.any(axis=0))
+        if empty := there_SN.shape[1] - len(rows):
+            remarks.append(f"{empty} of {there_SN.shape[1]} records have no source and are skipped")
+        return rows
+    rows = np.flatnonzero(there_SN.all(axis=0))
+    if len(rows) < there_SN.shape[1]:
+        remarks.append(
+            f"{there_SN.shape[1] - len(rows)} of {there_SN.shape[1]} records lack a source and are "
+            "left out (complete_records_only)"
+        )
+    return rows
 
 
 def _rows_of_patient(records: pl.DataFrame) -> list[NDArray[np.int64]]:

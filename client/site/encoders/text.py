@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from hashlib import blake2b
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from client.site.encoders import encoder
 from client.site.encoders.encoder import Embedding, fingerprint, unit_norm
 
 _WORD = re.compile(r"[^\W_]+(?:['.][^\W_]+)*")
+_END = re.compile(r"(?<=[.!?])\s+|\n+")  # of a sentence
 
 
 class HashedText:
@@ -27,26 +28,35 @@ class HashedText:
     Lower-cased words (digits become 0, so that "72" and "75" are one word and "7" is another) and
     pairs of neighbours; counts enter as 1 + ln(count), each to the cell and with the sign that
     BLAKE2b gives its text; the vector is scaled to root mean square 1 (L2 norm sqrt(dim)).
+
+    Above one token, a token is a sentence or a line; where there are more than `tokens`, neighbours
+    share one, as evenly as can be. Nothing of the text is left out.
     """
 
-    tokens = 1
-
-    def __init__(self, dim: int = 512) -> None:
-        self.dim = dim
-        self.fingerprint = fingerprint(HashedText, encoder, dim=dim)
+    def __init__(self, dim: int = 512, tokens: int = 1) -> None:
+        self.dim, self.tokens = dim, tokens
+        self.fingerprint = fingerprint(HashedText, encoder, dim=dim, tokens=tokens)
+        by = "" if tokens == 1 else f" by sentence, at most {tokens} of them"
         self.description = (
-            f"hashed-text: signed feature hashing of words and word pairs, {dim} numbers; "
+            f"hashed-text: signed feature hashing of words and word pairs{by}, {dim} numbers; "
             "nothing learned, not a language model"
         )
 
     def encode(self, inputs: Sequence[str]) -> list[Embedding]:
-        """One vector `[1, dim]` per text; `[0, dim]` for a text without words."""
+        """Vectors `[t, dim]` of each text, t <= tokens; `[0, dim]` for a text without words."""
         return [self._encode(text) for text in inputs]
 
     def _encode(self, text: str) -> Embedding:
-        words = [re.sub(r"\d", "0", word) for word in _WORD.findall(text.lower())]
-        if not words:
+        parts = (_WORD.findall(part) for part in _END.split(text.lower()))
+        sentences = [[re.sub(r"\d", "0", word) for word in words] for words in parts if words]
+        if not sentences:
             return np.zeros((0, self.dim), dtype=np.float32)
+        count = min(len(sentences), self.tokens)
+        bounds = [len(sentences) * index // count for index in range(count + 1)]
+        pieces = (chain.from_iterable(sentences[start:end]) for start, end in pairwise(bounds))
+        return np.stack([self._hashed(list(words)) for words in pieces])
+
+    def _hashed(self, words: list[str]) -> Embedding:
         terms = Counter(words)
         terms.update(f"{left} {right}" for left, right in pairwise(words))
         vector = np.zeros(self.dim)
@@ -54,4 +64,4 @@ class HashedText:
             hashed = int.from_bytes(blake2b(term.encode(), digest_size=8).digest(), "big")
             weight = 1.0 + np.log(count)
             vector[(hashed >> 1) % self.dim] += weight if hashed & 1 else -weight
-        return unit_norm(vector)[None]
+        return unit_norm(vector)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
@@ -15,14 +16,16 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
-from client.site.encoders import image
+from client.site.encoders import grid, image
 from client.site.encoders.encoder import Embedding, file_digest, fingerprint
+from client.site.encoders.grid import grid_shape, pool_grid
 from client.site.encoders.image import area_resize
 from client.site.shard import to_grey
 from common.errors import EncoderError
 from common.study import unknown
 
 _SIDE = 224
+_MAP_SIDE = 7  # of the feature map that the DenseNet makes of it
 _HOUNSFIELD_LIKE = 1024.0  # torchxrayvision's models read pixels in [-1024, 1024]
 _ADVICE = (
     "weights are never downloaded here: put the file there, or name a state dict of your own "
@@ -40,31 +43,36 @@ class TorchXRayVision:
             path of a file: state dict (safetensors, or torch.save) or a module saved whole, as
             torchxrayvision's own files are. Such a file is a pickle; only the classes that a
             DenseNet is made of are loaded from it.
+        tokens: Above 1, the map of 7 x 7 features before the average, or as few tokens as this;
+            see `pool_grid`.
 
     Raises:
         StudyError: torchxrayvision has no such weights.
         EncoderError: The file is not there.
     """
 
-    tokens = 1
     dim = 1024
 
-    def __init__(self, weights: str) -> None:
+    def __init__(self, weights: str, tokens: int = 1) -> None:
+        self.tokens = math.prod(grid_shape(_MAP_SIDE, _MAP_SIDE, tokens))
         self._file = _locate(weights)
         digest = file_digest([self._file])[self._file.name]
         name = weights if self._file.name != Path(weights).name else "own weights"
         self.fingerprint = fingerprint(
             TorchXRayVision,
             image,
+            grid,
             weights=digest,
+            tokens=self.tokens,
             versions=[torch.__version__, version("torchxrayvision")],
         )
+        each = f"{self.tokens} tokens of {self.dim}" if self.tokens > 1 else str(self.dim)
         self.description = (
-            f"torchxrayvision: DenseNet-121, {name}, file {digest[:12]}, {self.dim} numbers"
+            f"torchxrayvision: DenseNet-121, {name}, file {digest[:12]}, {each} numbers"
         )
 
     def encode(self, inputs: Sequence[Image.Image]) -> list[Embedding]:
-        """One vector `[1, 1024]` per image."""
+        """One vector `[1, 1024]` per image, or the map's tokens `[tokens, 1024]` row by row."""
         return [self._encode(picture) for picture in inputs]
 
     @torch.inference_mode()
@@ -74,8 +82,10 @@ class TorchXRayVision:
         device = next(self._model.parameters()).device
         x_11HW = torch.from_numpy(haim_pixels(picture))[None, None].to(device)
         features_1CHW = self._model.features(x_11HW)
-        embedding = torch.relu(features_1CHW).mean(dim=(2, 3))
-        return np.asarray(embedding.float().cpu().numpy())
+        active_1CHW = torch.relu(features_1CHW)
+        if self.tokens > 1:
+            return pool_grid(active_1CHW[0].permute(1, 2, 0).float().cpu().numpy(), self.tokens)
+        return np.asarray(active_1CHW.mean(dim=(2, 3)).float().cpu().numpy())
 
     @cached_property
     def _model(self) -> Any:

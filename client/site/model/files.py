@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -86,13 +86,26 @@ class SlmFiles:
             if key.endswith(".weight") and ".layers." in key and len(shape) == 2:
                 module = key.removesuffix(".weight").rpartition(".")[2]
                 matrices[module] = matrices.get(module, 0) + sum(shape)
-        for target in lora.targets:
-            if target not in matrices:
-                raise ModelError(
-                    f"slm '{self.name}' has no matrix '{target}' for LoRA",
-                    cure=f"model.lora.targets may name {', '.join(sorted(matrices))}",
-                )
+        check_targets(self.name, lora, matrices)
         return lora.rank * sum(matrices[target] for target in lora.targets)
+
+
+def check_targets(slm: str, lora: Lora, matrices: Collection[str]) -> None:
+    """Makes sure that LoRA has something to adapt, and all that it names: peft passes over names
+    that it does not find as long as it finds one.
+
+    Args:
+        matrices: Names of the linear layers in the blocks of the SLM.
+
+    Raises:
+        ModelError: No target, or one that is no matrix of this model.
+    """
+    cure = f"model.lora.targets may name {', '.join(sorted(matrices))}"
+    if not lora.targets:
+        raise ModelError("model.lora.targets is empty", cure=cure)
+    for target in lora.targets:
+        if target not in matrices:
+            raise ModelError(f"slm '{slm}' has no matrix '{target}' for LoRA", cure=cure)
 
 
 def locate(name: str, revision: str | None) -> SlmFiles | None:

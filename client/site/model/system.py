@@ -12,6 +12,7 @@ from torch import nn
 
 from client.site.model.fusion import adacomed, llama_fusion, m_llm
 from client.site.model.fusion.base import RiskModel
+from client.site.model.fusion.linear_start import LinearStart
 from client.site.model.fusion.uni_mlm import UniMlm
 from client.site.model.slm import Slm, load_slm
 from common.errors import ModelError
@@ -54,6 +55,10 @@ def build(
     name = study.model.system
     slm = load_slm(study.model, device=device) if SYSTEMS[name].has_slm else None
     model = BUILDERS[name](study, {source: dims[source] for source in study.sources}, slm)
+    if study.model.linear_start is not None:
+        start = LinearStart(study.model.linear_start, model.dims, seed=study.seed)
+        start.to(next(model.parameters()).device).fit(model)
+        model.linear_start = start
     return model if device is None else model.to(device)
 
 

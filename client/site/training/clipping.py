@@ -17,6 +17,9 @@ twice that (with p and without) is the slack. The term κ·m binds only where a 
 cancel to a thousandth of their mass; without it an adapter could cancel c·Σ‖g‖‖x‖ ≫ C to C in the
 norm and leave its rounding in the sum.
 
+A model may have the gradients of some layers halved a number of times (`halvings`, public): G is
+then the vector of what is left, and what is added to the parameters is again that, times the share.
+
 The claim holds for any weights: nothing about the adapter is assumed. Rows are independent if no
 layer mixes patients, in the model or in the kernels that run it: `row_deviation` measures this on
 the model itself.
@@ -52,6 +55,9 @@ class _Capture:
 class PatientClipper:
     """Accumulates Σ_p clip(G_p) over the micro-batches of a step.
 
+    Attributes:
+        total: All sums of a step as one float64 vector; `sums` are views of it.
+
     Use: `begin()`, then per micro-batch `with capture(): loss = ...` and `add(loss, valid)`; the
     sums are then in `sums`.
 
@@ -69,8 +75,11 @@ class PatientClipper:
         self.max_grad_norm = max_grad_norm
         self.rows_per_patient = rows_per_patient
         self.tokens_per_patient = 0
+        self.total = _one_vector(self.layers)
         self._captures: dict[str, list[_Capture]] = {}
         self._recording = False
+        halvings: Callable[[str], int] = getattr(model, "halvings", lambda layer: 0)
+        self._shares = {layer.name: 2.0 ** -halvings(layer.name) for layer in self.layers}
         self._hooks = [
             layer.module.register_forward_hook(self._recorder(layer), with_kwargs=True)
             for layer in self.layers
@@ -85,16 +94,23 @@ class PatientClipper:
     def sums(self) -> dict[nn.Parameter, Tensor]:
         """parameter -> float64 clipped sum of the step so far, of the parameter's shape."""
         return {
-            getattr(layer.module, key): value
+            layer.module.get_parameter(key): value
             for layer in self.layers
             for key, value in layer.sums.items()
         }
 
+    @property
+    def shares(self) -> dict[nn.Parameter, float]:
+        """parameter -> what its gradient was multiplied by before clipping, a power of two."""
+        return {
+            layer.module.get_parameter(key): self._shares[layer.name]
+            for layer in self.layers
+            for key in layer.sums
+        }
+
     def begin(self) -> None:
         """Forget the last step."""
-        for layer in self.layers:
-            for value in layer.sums.values():
-                value.zero_()
+        self.total.zero_()
 
     @contextmanager
     def capture(self) -> Iterator[None]:
@@ -135,6 +151,7 @@ class PatientClipper:
         Valid once the factors of one micro-batch were computed: it tells how many tokens there are.
         """
         additions = micro_batch * self.tokens_per_patient + patients // micro_batch + 8
+        additions += max(layer.additions for layer in self.layers)
         return 2 * additions * _UNIT / (1 - additions * _UNIT) * patients / _KAPPA
 
     def _recorder(self, layer: CoveredLayer) -> Callable[..., None]:
@@ -150,9 +167,9 @@ class PatientClipper:
         return record
 
     def backward(self, loss: Tensor, rows: int) -> list[tuple[Tensor, Tensor]]:
-        """Input and output gradient of each layer, [rows, ..., d], by one backward pass. Uses of a
-        layer that ran several times stand beside each other, as more tokens of the row: its
-        gradient is the sum over all of them."""
+        """Input and output gradient of each layer, [rows, ..., d], by one backward pass, the latter
+        times the layer's share. Uses of a layer that ran several times stand beside each other, as
+        more tokens of the row: its gradient is the sum over all of them."""
         uses = [self._checked(layer, rows) for layer in self.layers]
         outputs = [capture.y for captures in uses for capture in captures]
         gradients = iter(torch.autograd.grad(loss, outputs, allow_unused=True))
@@ -160,8 +177,9 @@ class PatientClipper:
         flows = []
         for layer, captures in zip(self.layers, uses, strict=True):
             xs = [capture.x.detach() for capture in captures]
+            share = self._shares[layer.name]
             gs = [
-                torch.zeros_like(capture.y) if g is None else g
+                torch.zeros_like(capture.y) if g is None else g if share == 1 else g * share
                 for capture, g in zip(captures, gradients, strict=False)
             ]
             flows.append((xs[0], gs[0]) if len(xs) == 1 else layer.beside(xs, gs))
@@ -169,12 +187,12 @@ class PatientClipper:
 
     def clip_factors(self, flows: list[tuple[Tensor, Tensor]], valid: Tensor) -> Tensor:
         """[P] float64 factors c of the claim; 0 for patients that are not valid or not finite."""
-        squared = mass = torch.zeros((), dtype=torch.float64, device=valid.device)
+        of_layers = []
         for layer, flow in zip(self.layers, flows, strict=True):
             x, g = layer.tokens(*flow, len(valid))
             self.tokens_per_patient = max(self.tokens_per_patient, g.shape[1])
-            of_layer, mass_of_layer = layer.bound(x, g)
-            squared, mass = squared + of_layer, mass + mass_of_layer
+            of_layers.append(torch.stack(layer.bound(x, g)))
+        squared, mass = torch.stack(of_layers).sum(0)
         divisor = torch.maximum(squared.sqrt() * _MARGIN, mass.sqrt() * (_KAPPA * _MARGIN))
         factors = (self.max_grad_norm / divisor).clamp(max=1.0)
         return torch.where(valid & torch.isfinite(divisor), factors, 0.0)
@@ -204,3 +222,14 @@ class PatientClipper:
                     cure="keep the rows as dimension 0: [rows, tokens, features]",
                 )
         return captures
+
+
+def _one_vector(layers: list[CoveredLayer]) -> Tensor:
+    """Moves the sums of all layers into one vector, so that one draw can noise them all: the
+    systems of the papers have up to a hundred small parameters."""
+    values = [value for layer in layers for value in layer.sums.values()]
+    total = torch.cat([value.flatten() for value in values])
+    parts = iter(total.split([value.numel() for value in values]))
+    for layer in layers:
+        layer.sums = {key: next(parts).view(value.shape) for key, value in layer.sums.items()}
+    return total

@@ -13,6 +13,7 @@ square of the mass m = Σ_t ‖x_t‖·‖g_t‖, on which all rounding errors d
   = γ · m². In float32 this term is 10^9 times larger, and it is all that remains where an adapter
   makes a patient's near-identical records cancel: 15 to 1,290·C were released (measured).
 * Materialised: the computed Ĝ errs by at most γ_n · m in Frobenius norm (Higham, eq. 3.13).
+* Weight norm: a fixed linear map of the gradient of W; see `WeightNormLayer`.
 
 Products of float32 numbers are exact in float64, and four of them can neither overflow nor
 underflow it. Constants are doubled, which covers the rounding of the bound itself.
@@ -27,6 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _WeightNorm
 
 from common.errors import PrivacyError
 
@@ -42,22 +45,29 @@ class CoveredLayer:
         module: The layer.
         sums: parameter name -> float64 sum of the clipped patients' gradients; the accumulator of
             one step.
+        additions: On the way to an element of `sums`, besides those over tokens and patients.
     """
 
     kind: type[nn.Module]
+    keys = frozenset({"weight", "bias"})  # the parameters that the proof is about
     feature_dims = 1  # trailing dimensions of the input that belong to one token
+    additions = 0
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name = name
         self.module: Any = module
         self.sums = {
             key: torch.zeros_like(value, dtype=torch.float64, memory_format=torch.contiguous_format)
-            for key, value in module.named_parameters(recurse=False)
-            if value.requires_grad
+            for key, value in self.trainable(module).items()
         }
 
-    @staticmethod
-    def reason_against(module: Any) -> str | None:
+    @classmethod
+    def trainable(cls, module: nn.Module) -> dict[str, nn.Parameter]:
+        """What the layer trains, by the path from the layer."""
+        return {k: p for k, p in module.named_parameters(recurse=False) if p.requires_grad}
+
+    @classmethod
+    def reason_against(cls, module: Any) -> str | None:
         """Why this module, though of a covered kind, cannot be proven."""
         return None
 
@@ -98,11 +108,6 @@ class LinearLayer(CoveredLayer):
 
     kind = nn.Linear
 
-    def __init__(self, name: str, module: nn.Module) -> None:
-        super().__init__(name, module)
-        self._weight = self.sums.get("weight")
-        self._bias = self.sums.get("bias")
-
     def tokens(
         self, captured: Tensor, output_gradient: Tensor, patients: int
     ) -> tuple[Tensor, ...]:
@@ -113,20 +118,22 @@ class LinearLayer(CoveredLayer):
 
     def bound(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         n, d_x, d_g = x.shape[1], x.shape[2], g.shape[2]
-        weight, bias = float(self._weight is not None), float(self._bias is not None)
-        lengths = torch.linalg.vector_norm(x, dim=2).square_().mul_(weight).add_(bias).sqrt_()
-        mass = (lengths * torch.linalg.vector_norm(g, dim=2)).sum(1)
-        if n == 1:  # one token cannot cancel: ‖G‖ = m
-            return mass.square() * (1 + 4 * (d_x + d_g + 8) * _UNIT), mass.square()
-        if n * (d_x + d_g) <= d_x * d_g:
+        weight, bias = float("weight" in self.sums), float("bias" in self.sums)
+        if n > 1 and n * (d_x + d_g) <= d_x * d_g:
             gamma = 2 * (d_x + d_g + n * n + 16) * _UNIT
-            squared = torch.cat(
-                [
-                    ((xs @ xs.mT).mul_(weight).add_(bias) * (gs @ gs.mT)).sum((1, 2))
-                    for xs, gs in _chunks(x, g, n * n)
-                ]
-            )
-            return squared.clamp(min=0) + gamma * mass.square(), mass.square()
+            parts = []
+            for xs, gs in _chunks(x, g, n * n):
+                terms = (xs @ xs.mT).mul_(weight).add_(bias).mul_(gs @ gs.mT)
+                # On the diagonal stand the squares of ‖x_t‖·‖g_t‖.
+                lengths = terms.diagonal(dim1=1, dim2=2).sqrt()
+                parts.append((terms.sum((1, 2)), lengths.sum(1).square_()))
+            squared, mass2 = (torch.cat(part) for part in zip(*parts, strict=True))
+            return squared.clamp_(min=0).add_(mass2, alpha=gamma), mass2
+        lengths = torch.linalg.vector_norm(x, dim=2).square_().mul_(weight).add_(bias)
+        lengths = lengths.mul_(torch.linalg.vector_norm(g, dim=2).square_())
+        if n == 1:  # one token cannot cancel: ‖G‖ = m
+            return lengths[:, 0] * (1 + 4 * (d_x + d_g + 8) * _UNIT), lengths[:, 0]
+        mass = lengths.sqrt_().sum(1)
         gamma = 2 * (n + d_x * d_g + 16) * _UNIT
         norm = torch.cat(
             [
@@ -141,10 +148,98 @@ class LinearLayer(CoveredLayer):
 
     def accumulate(self, x: Tensor, g: Tensor) -> None:
         g = g.flatten(0, 1)
-        if self._weight is not None:
-            self._weight.addmm_(g.T, x.flatten(0, 1))
-        if self._bias is not None:
-            self._bias.add_(g.sum(0))
+        if "weight" in self.sums:
+            self.sums["weight"].addmm_(g.T, x.flatten(0, 1))
+        if "bias" in self.sums:
+            self.sums["bias"].add_(g.sum(0))
+
+
+class WeightNormLayer(LinearLayer):
+    """y = W x + b with rows W_o = s_o·v_o / ‖v_o‖ (Salimans and Kingma, NeurIPS 2016, eq. 2-3).
+
+    With u_o = v_o / ‖v_o‖ and r_o = s_o / ‖v_o‖, the gradient is a linear map of ΔW = Σ_t g_t x_tᵀ:
+
+        Δs_o = u_o·ΔW_o,    Δv_o = r_o·(ΔW_o − u_o·Δs_o),    Δb = Σ_t g_t.
+
+    u and r are computed once from the adapter, which is public, and are the same for all patients:
+    the proof is of *this* map with u and r as computed, however rounded. | ‖u_o‖² − 1 | <= γ_{I+8}
+    (the square of a float32 neither overflows nor underflows), so it stretches row o by at most
+    j_o = √(1 + r_o²), and m = Σ_t √(‖x_t‖² + 1)·‖j ⊙ g_t‖. With the Gram K = x xᵀ,
+
+        ‖G‖² = Σ_o Δs_o² + r_o²·(g_oᵀ K g_o − Δs_o²) + Δb_o²,    Δs_o = Σ_t g_to·(u_o·x_t).
+
+    In row o, with M_o = Σ_t ‖x_t‖·|g_to|: g_oᵀ K g_o errs by γ_{I+2n}·M_o², Δs_o² by
+    2·γ_{I+n+4}·M_o², and ‖u_o‖ by γ_{I+8}·M_o² more; all rows by less than 6·γ_{I+O+2n+16}·m².
+    The sum takes the map once per micro-batch, on Σ_p c·ΔW: γ_{I+8}·j_o of it more (`additions`).
+
+    A v near 0 makes r huge and is clipped as any other gradient. Where u or r is not finite (v = 0,
+    an overflow), no patient's bound is, and all contribute zero.
+    """
+
+    _PATH = "parametrizations.weight."
+    keys = frozenset({_PATH + "original0", _PATH + "original1", "bias"})
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        super().__init__(name, module)
+        self.additions = 2 * (self.module.in_features + 8)
+
+    @staticmethod
+    def matches(module: Any) -> bool:
+        """Whether it is `parametrizations.weight_norm(nn.Linear(...))` and nothing more."""
+        return (
+            parametrize.is_parametrized(module)
+            and parametrize.type_before_parametrizations(module) is nn.Linear
+            and [(k, [type(f) for f in fs]) for k, fs in module.parametrizations.items()]
+            == [("weight", [_WeightNorm])]
+        )
+
+    @classmethod
+    def trainable(cls, module: nn.Module) -> dict[str, nn.Parameter]:
+        inner: Any = module.get_submodule("parametrizations.weight")
+        originals = CoveredLayer.trainable(inner)
+        return CoveredLayer.trainable(module) | {cls._PATH + k: p for k, p in originals.items()}
+
+    @classmethod
+    def reason_against(cls, module: Any) -> str | None:
+        if module.parametrizations.weight[0].dim != 0:
+            return "its weight norm is not one per output (dim = 0)"
+        if not cls.keys - {"bias"} <= cls.trainable(module).keys():
+            return "only a part of its weight norm is trainable"
+        return None
+
+    def bound(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        n, d_x, d_g = x.shape[1], x.shape[2], g.shape[2]
+        u_OI, r_O1 = self._map()
+        r2_O = r_O1.square().flatten()
+        lengths = torch.linalg.vector_norm(x, dim=2).square_().add_(1).sqrt_()
+        mass = (lengths * torch.linalg.vector_norm(g * (1 + r2_O).sqrt(), dim=2)).sum(1)
+        gamma = 12 * (d_x + d_g + 2 * n + 16) * _UNIT
+        squared = torch.cat(
+            [((xs @ xs.mT @ gs) * gs).sum(1) @ r2_O for xs, gs in _chunks(x, g, n * n)]
+        )
+        scale2_PO = ((x @ u_OI.T) * g).sum(1).square()
+        squared = squared + scale2_PO.sum(1) - scale2_PO @ r2_O
+        if "bias" in self.sums:
+            squared += g.sum(1).square().sum(1)
+        return squared.clamp(min=0) + gamma * mass.square(), mass.square()
+
+    def accumulate(self, x: Tensor, g: Tensor) -> None:
+        g = g.flatten(0, 1)
+        # Not finite: all g are zero then, and must stay so.
+        u_OI, r_O1 = (torch.nan_to_num(value, 0.0, 0.0, 0.0) for value in self._map())
+        w_OI = g.T @ x.flatten(0, 1)
+        scale_O1 = (w_OI * u_OI).sum(1, keepdim=True)
+        self.sums[self._PATH + "original0"].add_(scale_O1)
+        self.sums[self._PATH + "original1"].add_((w_OI - u_OI * scale_O1).mul_(r_O1))
+        if "bias" in self.sums:
+            self.sums["bias"].add_(g.sum(0))
+
+    def _map(self) -> tuple[Tensor, Tensor]:
+        """u [O, I] and r [O, 1] in float64."""
+        originals = self.module.parametrizations.weight
+        v_OI = originals.original1.detach().double()
+        lengths_O1 = torch.linalg.vector_norm(v_OI, dim=1, keepdim=True)
+        return v_OI / lengths_O1, originals.original0.detach().double() / lengths_O1
 
 
 class NormLayer(CoveredLayer):
@@ -201,8 +296,8 @@ class EmbeddingLayer(CoveredLayer):
     kind = nn.Embedding
     feature_dims = 0
 
-    @staticmethod
-    def reason_against(module: Any) -> str | None:
+    @classmethod
+    def reason_against(cls, module: Any) -> str | None:
         return "max_norm rewrites the table" if module.max_norm is not None else None
 
     def tokens(
@@ -244,7 +339,16 @@ _CURES: list[tuple[type[nn.Module] | tuple[type[nn.Module], ...], str]] = [
 
 def covered_layers(model: nn.Module) -> list[CoveredLayer]:
     """The trainable layers of a model, each with its proof. Errors as in `covered_modules`."""
-    return [_COVERED[type(module)](name, module) for name, module in covered_modules(model)]
+    layers = []
+    for name, module in covered_modules(model):
+        rule = _rule(module)
+        assert rule is not None
+        layers.append(rule(name, module))
+    return layers
+
+
+def _rule(module: nn.Module) -> type[CoveredLayer] | None:
+    return WeightNormLayer if WeightNormLayer.matches(module) else _COVERED.get(type(module))
 
 
 def covered_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -259,16 +363,16 @@ def covered_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     owners: dict[int, str] = {}
     for name, module in model.named_modules():
         _refuse_mixing(name, module)
-        trainable = {k: p for k, p in module.named_parameters(recurse=False) if p.requires_grad}
-        if not trainable:
-            continue
-        rule = _COVERED.get(type(module))
-        if rule is None or not set(trainable) <= {"weight", "bias"}:
+        rule = _rule(module)
+        trainable = (rule or CoveredLayer).trainable(module)
+        if all(owners.get(id(p)) == _path(name, key) for key, p in trainable.items()):
+            continue  # nothing, or what the layer around it has already
+        if rule is None or not trainable.keys() <= rule.keys:
             raise _uncovered(name, module, trainable)
         if reason := rule.reason_against(module):
             raise PrivacyError(f"{name}: {reason}, so its gradient has no bound", cure="freeze it")
         for key, parameter in trainable.items():
-            path = f"{name}.{key}"
+            path = _path(name, key)
             if (other := owners.setdefault(id(parameter), path)) != path:
                 raise PrivacyError(
                     f"{path} is the same tensor as {other}: a tied gradient has no proven bound",
@@ -283,6 +387,10 @@ def covered_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     if not covered:
         raise PrivacyError("the model has no trainable parameter", cure="unfreeze the adapter")
     return covered
+
+
+def _path(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key
 
 
 def _refuse_mixing(name: str, module: nn.Module) -> None:
@@ -319,8 +427,9 @@ def _uncovered(name: str, module: nn.Module, trainable: Iterable[str]) -> Privac
             return PrivacyError(f"{where}: no bound is proven for this layer", cure=cure)
     return PrivacyError(
         f"{where}: no bound is proven for this layer",
-        cure="hold each trainable tensor in nn.Linear, nn.LayerNorm, nn.RMSNorm or nn.Embedding "
-        "(nn.Embedding(1, d) for a lone vector), or freeze it",
+        cure="hold each trainable tensor in nn.Linear (plain, or with parametrizations.weight_norm "
+        "on its weight), nn.LayerNorm, nn.RMSNorm or nn.Embedding (nn.Embedding(1, d) for a lone "
+        "vector), or freeze it",
     )
 
 

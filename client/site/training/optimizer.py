@@ -63,6 +63,7 @@ class NoisedSumOptimizer(DPOptimizerFastGradientClipping):
         self._plan = plan
         self._clipper = clipper
         self._entropy = entropy
+        self._shares = clipper.shares
         self._accountant = RDPAccountant()
         self.attach_step_hook(self._accountant.get_optimizer_hook_fn(plan.sample_rate))
 
@@ -86,9 +87,11 @@ class NoisedSumOptimizer(DPOptimizerFastGradientClipping):
         """Turn each clipped sum, in place, into the released one, and `p.grad` into its float32."""
         for p in self.params:
             _check_processed_flag(p.summed_grad)
-            self._entropy.noise.add_gaussians_(p.summed_grad, self._plan.noise_std)
-            p.summed_grad.div_(self._plan.grid).round_().mul_(self._plan.grid)
+        total = self._clipper.total
+        self._entropy.noise.add_gaussians_(total, self._plan.noise_std)
+        total.mul_(1 / self._plan.grid).round_().mul_(self._plan.grid)  # powers of two: exact
+        for p in self.params:
             _mark_as_processed(p.summed_grad)
             if p.grad is None:
                 p.grad = torch.empty_like(p)
-            p.grad.copy_(p.summed_grad)
+            p.grad.copy_(p.summed_grad).mul_(self._shares[p])

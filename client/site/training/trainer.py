@@ -81,7 +81,10 @@ class Trainer:
         self._row_loss = row_loss
         self._dataset = dataset
         self._flags = flags or PerformanceFlags()
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        halvings: Callable[[str], int] = getattr(model, "halvings", lambda layer: 0)
+        own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._parameters = list(own.values())
+        self._shares = [2.0 ** -halvings(name) for name in own]
         if not self._parameters:
             raise PrivacyError("the model has no trainable parameter", cure="unfreeze the adapter")
         self._device = self._parameters[0].device
@@ -147,10 +150,11 @@ class Trainer:
         for batch in self._sampler.pack(chosen, self._flags.micro_batch, pad=private):
             self._accumulate(batch)
         if not private:
-            for parameter in self._parameters:
+            for parameter, share in zip(self._parameters, self._shares, strict=True):
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-                parameter.grad.div_(self.plan.denominator)
+                # Twice, as under privacy: before clipping, and on the way to the parameter.
+                parameter.grad.mul_(share * share / self.plan.denominator)
         self._optimizer.step()
 
     def _accumulate(self, batch: MicroBatch) -> None:

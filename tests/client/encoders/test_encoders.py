@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from client.site.encoders.image import ImageDescriptor, area_resize
-from client.site.encoders.pooling import pool, weights
+from client.site.encoders.pooling import pool, weighted_sum, weights
 from client.site.encoders.registry import build_encoder, describe, dimensions, release_encoders
 from client.site.encoders.text import HashedText
 from client.site.shard import decode_image
@@ -71,7 +71,7 @@ def test_neighbours_do_not_change_an_embedding():
 def test_the_descriptor_is_deterministic_and_of_unit_size(make_picture):
     image = decode_image(make_picture(1), "x")
     first, second = ImageDescriptor().encode([image, image])
-    assert first.shape == (1, ImageDescriptor.dim)
+    assert first.shape == (1, ImageDescriptor().dim) == (1, 511)
     assert np.array_equal(first, second)
     assert np.linalg.norm(first) == pytest.approx(1.0, rel=1e-6)
 
@@ -129,6 +129,33 @@ def test_area_resize_averages_by_area():
 )
 def test_weights_sum_to_one(hours, pooling, expected):
     assert weights(np.array(hours), pooling).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("hours", [[3.0], [2.0, 2.0], [0.0, 1.0, 3.0], [-6.0, 4.0, 1.0]])
+def test_the_published_weights_are_as_printed(hours):
+    """UNI-MLM: w_j = (t_j - min t) / max t. HAIM: (t_j - min t) / (max t - min t), 0 for nan."""
+    by_max = [(t - min(hours)) / max(hours) for t in hours]
+    span = max(hours) - min(hours)
+    by_range = [(t - min(hours)) / span if span else 0.0 for t in hours]
+    given = np.array(hours)
+    assert weights(given, "time-weighted-by-max").tolist() == pytest.approx(by_max)
+    assert weights(given, "time-weighted-by-range").tolist() == pytest.approx(by_range)
+
+
+@pytest.mark.parametrize("hours", [[-3.0, 0.0], [-3.0, -1.0]])
+def test_where_the_printed_weights_are_not_defined_they_are_zero(hours):
+    assert not weights(np.array(hours), "time-weighted-by-max").any()
+
+
+def test_a_weighted_sum_keeps_its_size_and_its_zeros():
+    long = np.array([[3.0, 4.0], [0.0, 2.0]], dtype=np.float32)
+    short = np.array([[5.0, 0.0]], dtype=np.float32)
+    x, mask = weighted_sum([long, short], np.array([0.5, 2.0]), 3)
+    assert mask.tolist() == [True, True, False]
+    assert x == pytest.approx(np.array([[0.3 + 2.0, 0.4], [0.0, 0.5], [0.0, 0.0]]))
+    x, mask = weighted_sum([short], np.array([0.0]), 1)
+    assert mask.tolist() == [True]
+    assert not x.any()
 
 
 def test_pooling_averages_the_tokens_that_are_there():

@@ -48,12 +48,12 @@ def _fresh():
     torch.set_num_threads(1)
 
 
-def text(folder: Path) -> Source:
-    return Source(modality="text", encoder=f"huggingface:{folder}")
+def text(folder: Path, tokens: int = 1) -> Source:
+    return Source(modality="text", encoder=f"huggingface:{folder}", tokens=tokens)
 
 
-def image(folder: Path) -> Source:
-    return Source(modality="image", encoder=f"huggingface:{folder}")
+def image(folder: Path, tokens: int = 1) -> Source:
+    return Source(modality="image", encoder=f"huggingface:{folder}", tokens=tokens)
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -227,6 +227,29 @@ def test_weights_in_half_precision_and_in_many_files_are_computed_in_float32(tmp
     assert np.allclose(build_encoder(text(tmp_path)).encode(["w1 w2"])[0], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(("length", "tokens", "kept"), [(3, 8, 3), (9, 8, 8), (9, 9, 9)])
+def test_word_pieces_are_those_of_the_notes_start(bert, length, tokens, kept):
+    """As if the note ended there, without [CLS] and [SEP]."""
+    note, numbers = words(length)
+    with torch.inference_mode():
+        output = random_bert()(torch.tensor([[CLS, *numbers[:kept], SEP]]))
+    (x,) = build_encoder(text(bert, tokens)).encode([note])
+    assert x.shape == (kept, 16)
+    assert x.dtype == np.float32
+    assert np.allclose(x, output.last_hidden_state[0, 1:-1].numpy(), atol=1e-5)
+
+
+def test_word_pieces_are_at_most_what_the_model_takes(tmp_path):
+    config = transformers.BertConfig(
+        vocab_size=len(VOCABULARY), max_position_embeddings=12, **SMALL
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    note, _ = words(40)
+    long, empty = build_encoder(text(tmp_path, 100)).encode([note, ""])
+    assert (long.shape, empty.shape) == ((10, 16), (0, 16))
+
+
 # -- images -------------------------------------------------------------------------------------
 
 VISION = {**SMALL, "image_size": 32, "patch_size": 8}
@@ -296,6 +319,83 @@ def test_a_vision_model_gives_its_own_output(
         (vector,) = encoder.encode([picture])
         assert vector.shape == (1, encoder.dim) == (1, 16)
         assert np.allclose(vector, expected.numpy(), atol=1e-5)
+
+
+def noise(height: int, width: int) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels, "RGB")
+
+
+def hidden_map(model: Any, processor: Any, picture: Image.Image) -> Any:
+    """Last hidden state `[n, d]` or `[d, H, W]` of hand-made pixels."""
+    pixels = (np.asarray(picture, dtype=np.float32) / 255 - processor.image_mean) / (
+        processor.image_std
+    )
+    with torch.inference_mode():
+        x = torch.tensor(pixels, dtype=torch.float32).permute(2, 0, 1)[None]
+        return model(x).last_hidden_state[0].numpy()
+
+
+@pytest.mark.parametrize(
+    ("made", "special"),
+    [
+        (vit, 1),
+        (lambda: dinov2("Dinov2"), 1),
+        (lambda: dinov2("Dinov2WithRegisters"), 5),
+        (siglip, 0),
+        (clip, 1),
+    ],
+    ids=["vit", "dinov2", "dinov2-registers", "siglip", "clip"],
+)
+def test_patches_come_without_class_token_and_registers(
+    tmp_path, made: Callable[[], tuple[Any, Any]], special: int
+):
+    torch.manual_seed(0)
+    model, processor = made()
+    model.eval().save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    hidden = hidden_map(model, processor, noise(32, 32))
+    assert len(hidden) == special + 16
+    patches = hidden[special:]
+    blocks = patches.reshape(2, 2, 2, 2, 16).mean((1, 3)).reshape(4, 16)
+    for tokens, expected in ((16, patches), (200, patches), (4, blocks), (8, blocks)):
+        (x,) = build_encoder(image(tmp_path, tokens)).encode([noise(32, 32)])
+        assert x.shape == expected.shape
+        assert np.allclose(x, expected, atol=1e-5)
+
+
+def test_patches_keep_the_layout_of_an_oblong_image(tmp_path):
+    torch.manual_seed(0)
+    model, _ = dinov2("Dinov2")
+    processor = transformers.BitImageProcessor(
+        do_resize=False, crop_size={"height": 32, "width": 48}
+    )
+    model.eval().save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    patches = hidden_map(model, processor, noise(32, 48))[1:]
+    (x,) = build_encoder(image(tmp_path, 6)).encode([noise(32, 48)])
+    expected = patches.reshape(2, 2, 3, 2, 16).mean((1, 3)).reshape(6, 16)
+    assert np.allclose(x, expected, atol=1e-5)
+
+
+def test_a_convolutional_model_gives_its_feature_map(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])
+    model, (_, processor) = transformers.ResNetModel(config).eval(), vit()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    hidden = hidden_map(model, processor, noise(32, 32))
+    (x,) = build_encoder(image(tmp_path, 16)).encode([noise(32, 32)])
+    assert np.allclose(x, hidden.reshape(16, -1).T, atol=1e-5)
+
+
+def test_tokens_of_a_model_that_merges_its_patches_are_refused(tmp_path):
+    config = transformers.SwinConfig(image_size=32, embed_dim=8, depths=[1, 1], num_heads=[1, 1])
+    transformers.SwinModel(config).save_pretrained(tmp_path)
+    build_encoder(image(tmp_path))
+    with pytest.raises(EncoderError, match="swin gives one token") as caught:
+        build_encoder(image(tmp_path, 4))
+    assert "set tokens = 1" in caught.value.cure
 
 
 def test_grey_deep_and_colour_images_are_one(tmp_path, make_picture):

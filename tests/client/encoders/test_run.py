@@ -180,7 +180,10 @@ def test_poolings_over_the_images_so_far(ward, tmp_path):
 
 
 def test_note_categories_are_chosen_by_the_study(ward, tmp_path):
-    sources = {"note": {**SOURCES["note"], "categories": ["Progress"]}}
+    sources = {
+        "note": {**SOURCES["note"], "categories": ["Progress"]},
+        "demographics": SOURCES["demographics"],  # without it, the others have no source
+    }
     populations = encode(ward(), tmp_path / "v", study(sources))
     present = {r: bool(m) for r, (_, m) in rows(populations, "note").items()}
     assert present == {"r0": False, "r1": True, "r2": False, "r3": False, "r4": False}
@@ -290,6 +293,64 @@ def test_a_shard_may_fix_the_populations_itself(ward, tmp_path):
     )
     assert patients_of(both.validation, records) == {"p3"}
     assert both.train.n_patients == 9
+
+
+# -- records without any source ------------------------------------------------------------------
+
+
+def test_records_without_a_source_are_skipped_and_counted_at_home(ward, tmp_path):
+    """r3 has no image; r4 is its patient's only record, and that patient is none of these."""
+    protocol = study({name: SOURCES[name] for name in ("xray", "slide")})
+    both = encode(ward(), tmp_path / "v", protocol)
+    assert sorted(rows(both, "xray")) == ["r0", "r1", "r2"]
+    assert both.remarks == ("2 of 5 records have no source and are skipped",)
+    assert both.train.n_patients + both.validation.n_patients == 2  # as patients_declared sees it
+    for part in (both.train, both.validation):
+        covered = np.concatenate([np.zeros(0, dtype=np.int64), *part.rows_of_patient])
+        assert sorted(covered.tolist()) == list(range(part.n_records))
+        assert len(part.labels) == part.n_records
+        assert all(
+            len(x) == part.n_records for x in (*part.inputs.values(), *part.present.values())
+        )
+        assert bool(torch.cat(list(part.present.values()), dim=1).any(dim=1).all())
+
+
+def test_skipping_moves_no_patient_and_changes_no_record_that_stays(ward, tmp_path):
+    """What one patient's records have says nothing about who else trains, and on what."""
+    records = many(40)
+    stays = [f"s{n}" for n in range(80) if n % 4 != 1 and n // 2 != 7]
+    notes = pl.DataFrame(
+        {
+            "stay_id": stays,
+            "hours": [1.0] * len(stays),
+            "category": ["Admission"] * len(stays),
+            "text": [f"stay {stay}" for stay in stays],
+        }
+    )
+
+    def split(name: str, **sources: Any) -> Populations:
+        folder = ward(name, records=records, notes=notes, events=None, images=None, embeddings=None)
+        return encode(folder, tmp_path / name, study({"note": SOURCES["note"], **sources}))
+
+    few, every = split("few"), split("every", age=SOURCES["demographics"])
+    assert not any("skipped" in remark for remark in every.remarks)
+    assert few.remarks == ("22 of 80 records have no source and are skipped",)
+    for part, whole in ((few.train, every.train), (few.validation, every.validation)):
+        assert patients_of(part, records) == patients_of(whole, records) - {"p7"}
+        kept = [whole.record_ids.index(record) for record in part.record_ids]
+        assert torch.equal(part.inputs["note"], whole.inputs["note"][kept])
+        assert torch.equal(part.labels, whole.labels[kept])
+    assert few.train.n_patients + few.validation.n_patients == 39
+
+
+def test_a_hospital_may_have_no_source_at_all(ward, tmp_path):
+    folder = ward(events=None, images=None, notes=None, embeddings=None)
+    none = encode(folder, tmp_path / "v", study({"xray": SOURCES["xray"]}))
+    assert none.train.n_patients == none.validation.n_patients == 0
+    assert none.remarks == (
+        "source 'xray' is absent in every record",
+        "5 of 5 records have no source and are skipped",
+    )
 
 
 # -- vault --------------------------------------------------------------------------------------
@@ -488,6 +549,57 @@ def test_real_notes_of_patients_with_several_stays(open_data: Path, tmp_path):
     # The embedding of one note, known from the first run: the path from text to number is fixed.
     present = torch.cat([both.train.present["note"], both.validation.present["note"]])
     assert int(present.sum()) == 11
+
+
+@pytest.mark.parametrize(
+    ("pooling", "factor"), [("time-weighted-by-max", 16 / 18), ("time-weighted-by-range", 1.0)]
+)
+def test_the_published_poolings_keep_their_size(ward, tmp_path, pooling, factor):
+    """r1 sees images of hours 2 and 18; r0 sees that of hour 2 alone, which weighs nothing."""
+    sources = {"xray": SOURCES["xray"], "history": {**SOURCES["xray"], "pooling": pooling}}
+    populations = encode(ward(), tmp_path / "v", study(sources))
+    latest, history = rows(populations, "xray"), rows(populations, "history")
+    assert torch.allclose(history["r1"][0], factor * latest["r1"][0], atol=1e-6)
+    assert bool(history["r0"][1].all())
+    assert not history["r0"][0].any()
+    assert "r3" not in history  # no image, and here no other source
+
+
+def test_records_that_lack_a_source_can_be_left_out(ward, tmp_path):
+    folder = ward()
+    sources = {name: SOURCES[name] for name in ("chart", "note", "xray")}
+    every = encode(folder, tmp_path / "v", study(sources))
+    there = {name: rows(every, name) for name in sources}
+    complete = {r for r in there["note"] if all(bool(m[r][1].any()) for m in there.values())}
+    assert complete == {"r0", "r1"}
+    few = encode(folder, tmp_path / "v", study(sources, complete_records_only=True))
+    for name in sources:
+        found = rows(few, name)
+        assert set(found) == complete
+        assert all(torch.equal(found[r][0], there[name][r][0]) for r in complete)
+    assert few.remarks == ("3 of 5 records lack a source and are left out (complete_records_only)",)
+    assert every.remarks == ("1 of 5 records have no source and are skipped",)
+    # Both are of one patient, who stays where they were, with their labels.
+    (part,) = [p for p in (few.train, few.validation) if p.n_records]
+    (whole,) = [p for p in (every.train, every.validation) if "r0" in p.record_ids]
+    assert [r.tolist() for r in part.rows_of_patient] == [[0, 1]]
+    assert part.labels.tolist() == [
+        whole.labels[whole.record_ids.index(r)].tolist() for r in part.record_ids
+    ]
+
+
+def test_no_record_may_be_complete(ward, tmp_path):
+    folder = ward()
+    few = encode(folder, tmp_path / "v", study(complete_records_only=True))
+    kept = few.train.n_records + few.validation.n_records
+    assert kept == 1  # r1 alone has chart, lab, note, image and slide
+    absent = {
+        **SOURCES,
+        "gone": {"modality": "series", "encoder": "series-statistics", "series": ["sodium"]},
+    }
+    none = encode(folder, tmp_path / "v", study(absent, complete_records_only=True))
+    assert none.train.n_patients == none.validation.n_patients == 0
+    assert none.train.labels.shape == none.validation.labels.shape == (0, 1)
 
 
 def test_real_images_up_to_each_records_time(open_data: Path, tmp_path):

@@ -56,8 +56,8 @@ def weights(densenet, tmp_path_factory):
     return file
 
 
-def xrv(path: Path) -> Source:
-    return Source(modality="image", encoder=f"torchxrayvision:{path}")
+def xrv(path: Path, tokens: int = 1) -> Source:
+    return Source(modality="image", encoder=f"torchxrayvision:{path}", tokens=tokens)
 
 
 # -- preprocessing ------------------------------------------------------------------------------
@@ -109,6 +109,25 @@ def test_features_are_those_of_a_bare_model(weights, densenet):
         assert vector.dtype == np.float32
         assert 0.1 < expected.std() < 10  # the comparison below says something
         assert np.abs(vector - expected).max() < 1e-5
+
+
+def test_tokens_are_the_map_before_the_average(weights, densenet):
+    picture = photograph(300, 200)
+    with torch.inference_mode():
+        x = torch.from_numpy(haim_pixels(picture))[None, None]
+        grid = torch.relu(densenet.features(x))[0].permute(1, 2, 0).numpy()
+    encoder = build_encoder(xrv(weights, 49))
+    (tokens,) = encoder.encode([picture])
+    assert tokens.shape == (encoder.tokens, encoder.dim) == (49, 1024)
+    assert np.allclose(tokens, grid.reshape(49, 1024), atol=1e-4)
+    (pooled,) = build_encoder(xrv(weights)).encode([picture])
+    assert np.abs(tokens.mean(0) - pooled[0]).max() < 1e-5
+    # The corner of 2 x 2 covers 3.5 x 3.5 cells.
+    coarse = build_encoder(xrv(weights, 5))
+    assert coarse.tokens == 4
+    share = np.array([1, 1, 1, 0.5, 0, 0, 0]) / 3.5
+    corner = np.einsum("h,w,hwd->d", share, share, grid)
+    assert np.allclose(coarse.encode([picture])[0][0], corner, atol=1e-4)
 
 
 def test_an_image_has_the_same_bits_alone_and_among_others(weights):

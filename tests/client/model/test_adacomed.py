@@ -412,7 +412,7 @@ def test_a_pathway_that_saw_nothing_dilutes_nothing(form: str) -> None:
         present[source][0] = source != "xray"
         present[source][1] = source == "xray"
         present[source][2] = True
-    _, y_BPK, here_BP = model._projected(inputs, present)
+    _, y_BPK, here_BP = model.represent(inputs, present)
     assert here_BP.tolist() == [[False, True], [True, False], [True, True]]
     said = model(inputs, present)
     assert torch.equal(said.logits_BK[0], y_BPK[0, 1])

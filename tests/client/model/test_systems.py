@@ -38,7 +38,13 @@ TOKENS = {"xray": 3, "note": 2, "lab": 1, "age": 1}
 TASKS = 3
 
 
+LINEAR = [f"{name} from a linear start" for name in SYSTEMS if name != "uni-mlm"]
+
+
 def study(system: str, **model: object) -> Study:
+    if system in LINEAR:
+        system = system.partition(" ")[0]
+        model = {"linear_start": {"rank": 5, "excursion": 0.1, "body_halvings": 2}, **model}
     raw = {
         "name": "any",
         "seed": 4,
@@ -86,7 +92,7 @@ def losses(s: Study, model: RiskModel, data: Dataset) -> Tensor:
     return row_loss(s)(model, dict(data.inputs), dict(data.present), data.labels)
 
 
-@pytest.fixture(params=BUILDERS)
+@pytest.fixture(params=[*BUILDERS, *LINEAR])
 def system(request: pytest.FixtureRequest) -> Iterator[str]:
     yield str(request.param)
     slm._resident.cache_clear()  # `randomised` made the shared one float64
@@ -95,7 +101,7 @@ def system(request: pytest.FixtureRequest) -> Iterator[str]:
 def test_every_system_can_be_chosen_and_built(system: str) -> None:
     assert BUILDERS.keys() == SYSTEMS.keys()
     model = build(study(system), DIMS)
-    assert (model.slm is not None) == SYSTEMS[system].has_slm
+    assert (model.slm is not None) == SYSTEMS[system.partition(" ")[0]].has_slm
     spec = adapter_spec(model)
     assert spec["trainable_parameters"] > 0
     assert spec["dims"] == DIMS
@@ -132,7 +138,12 @@ def test_every_trainable_layer_is_covered_and_clipped_as_by_brute_force(system: 
     s, data, k = study(system), dataset(), 2
     model = randomised(build(s, DIMS))
     names = {name for name, _ in covered_modules(model)}
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trainable, shares = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            trainable.append(parameter)
+            halved = model.linear_start is not None and not name.startswith("linear_start.")
+            shares.append(0.25 if halved else 1.0)
     chosen = [rows[:k] for rows in data.rows_of_patient]
     wholes = []
     for rows in chosen:
@@ -147,7 +158,9 @@ def test_every_trainable_layer_is_covered_and_clipped_as_by_brute_force(system: 
         gradients = torch.autograd.grad(
             losses(s, model, part).mean(), trainable, materialize_grads=True
         )
-        wholes.append(torch.cat([g.flatten() for g in gradients]))
+        wholes.append(
+            torch.cat([share * g.flatten() for share, g in zip(shares, gradients, strict=True)])
+        )
     bound = float(torch.stack([g.norm() for g in wholes]).median())
     wanted = sum(g * min(1.0, bound / float(g.norm())) for g in wholes)
     clipper = PatientClipper(model, bound, k)

@@ -102,6 +102,25 @@ def test_isolated_projectors_are_trained_by_their_own_token_alone(slm_folder, fa
 
 
 @pytest.mark.parametrize("projectors", ["joint", "isolated"])
+def test_an_untrained_model_says_0_whatever_the_number_of_tokens(slm_folder, projectors) -> None:
+    s = study(slm=str(slm_folder("llama")), projectors=projectors, lora={"rank": 2})
+    model = build(s, DIMS)
+    g = torch.Generator().manual_seed(0)
+    lengths = dict(zip(DIMS, (1, 3, 5), strict=True))
+    inputs = {n: torch.randn(8, t, DIMS[n], generator=g) for n, t in lengths.items()}
+    present = {n: torch.rand(8, t, generator=g) < 0.7 for n, t in lengths.items()}
+
+    def said() -> Tensor:
+        goal = model.objective(inputs, present)
+        views = torch.where(goal.share_BV[:, :, None] > 0, goal.logits_BVK, 0.0)
+        return torch.cat([model(inputs, present).logits_BK, views.flatten(1)], dim=1)
+
+    assert said().abs().max() < 1e-5
+    randomised(model)
+    assert said().abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("projectors", ["joint", "isolated"])
 @pytest.mark.parametrize("decoder", [False, True])
 def test_a_record_does_not_see_its_neighbours(slm_folder, decoder: bool, projectors: str) -> None:
     s = study(slm=str(slm_folder("llama")), decoder=decoder, projectors=projectors)

@@ -27,7 +27,7 @@ from client.site.model.fusion.adacomed_pathways import (
     ModalityNetworks,
     mlp,
 )
-from client.site.model.fusion.base import NO_SLM, Prediction, RiskModel
+from client.site.model.fusion.base import NO_SLM, Objective, Prediction, RiskModel
 from client.site.model.slm import Slm
 from common.errors import StudyError
 from common.study import Study, unknown
@@ -82,12 +82,23 @@ def log_similarity(
     The negatives are public and of unit length; the paper's are the other records of the batch,
     which would put every patient into every other patient's gradient.
     """
-    # No gradient above 1e6 at a vector of zeros.
-    large_Bd = functional.normalize(large_Bd, dim=-1, eps=1e-6)
-    small_Bd = functional.normalize(small_Bd, dim=-1, eps=1e-6)
+    large_Bd, small_Bd = _unit(large_Bd), _unit(small_Bd)
     own_B1 = (large_Bd * small_Bd).sum(dim=-1, keepdim=True)
     cosines = torch.cat([own_B1, large_Bd @ negatives_Nd.T], dim=1)
     return (cosines / temperature).log_softmax(dim=-1)[:, 0]
+
+
+def batch_log_similarity(
+    large_Bd: Tensor, small_Bd: Tensor, both_B: Tensor, temperature: float
+) -> Tensor:
+    """log s of eq. (4) as printed, `[B]`: the negatives are z_small of the batch's other records.
+
+    Without privacy only. A record whose small pathway, or large one, has nothing to read (`both_B`)
+    is nobody's negative.
+    """
+    cosines_BB = _unit(large_Bd) @ _unit(small_Bd).T / temperature
+    own_BB = torch.eye(len(both_B), dtype=torch.bool, device=both_B.device)
+    return cosines_BB.masked_fill(~(both_B | own_BB), -torch.inf).log_softmax(dim=-1).diagonal()
 
 
 def contrastive_weight(options: Options, s_B: Tensor) -> Tensor:
@@ -179,8 +190,8 @@ class AdaCoMed(RiskModel):
         if options.form == "adaptive":
             read = [source for group in small for source in group]
             self._public_widths = {source: dims[source] for source in read}
-            records = options.negatives == "records"
-            features = sum(self._public_widths.values()) if records else options.shared_width
+            vectors = options.negatives == "vectors"
+            features = options.shared_width if vectors else sum(self._public_widths.values())
             public_ND = torch.randn(options.prototypes, features)
             self.register_buffer("public_ND", public_ND, persistent=False)
             # Without parameters of their own, and without the hooks that book the records' passes.
@@ -192,7 +203,7 @@ class AdaCoMed(RiskModel):
                 self.theta = nn.Embedding(1, 2)  # a lone vector in a layer that has a proof
                 nn.init.zeros_(self.theta.weight)
 
-    def forward(self, inputs: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Prediction:
+    def predict(self, inputs: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Prediction:
         """Predicts the tasks of B records.
 
         Args:
@@ -200,10 +211,26 @@ class AdaCoMed(RiskModel):
             present: Source -> mask `[B, T_s]`, bool.
         """
         if self.options.form != "adaptive":
-            _, y_BPK, here_BP = self._projected(inputs, present)
+            _, y_BPK, here_BP = self.represent(inputs, present)
             w_BP = _sole(here_BP, torch.full_like(y_BPK[:, :, 0], 1 / y_BPK.shape[1]))
             return Prediction((w_BP[:, :, None] * y_BPK).sum(dim=1))
-        both = self.collaborate(inputs, present)
+        return self._mixed(self.collaborate(inputs, present))
+
+    def views(self, inputs: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Objective:
+        """As predicted, but for `negatives = "batch"`, where the pass's records meet."""
+        if self.options.form != "adaptive" or self.options.negatives != "batch":
+            return super().views(inputs, present)
+        z_BPd, y_BPK, here_BP = self.represent(inputs, present)
+        with torch.autocast(z_BPd.device.type, enabled=False):
+            log_s_B = batch_log_similarity(
+                z_BPd[:, 0], z_BPd[:, 1], here_BP.all(dim=1), self.options.temperature
+            )
+        said = self._mixed(self._weighed(y_BPK, log_s_B, here_BP))
+        share_B1 = torch.ones_like(said.logits_BK[:, :1])
+        return Objective(said.logits_BK[:, None], share_B1, said.auxiliary_B)
+
+    def _mixed(self, both: Collaboration) -> Prediction:
+        """Eqs. (7) and (8)."""
         if self.options.mixture == "logits":
             logits_BK = (both.w_BP[:, :, None] * both.y_BPK).sum(dim=1)
         else:
@@ -215,13 +242,18 @@ class AdaCoMed(RiskModel):
     def collaborate(
         self, inputs: Mapping[str, Tensor], present: Mapping[str, Tensor]
     ) -> Collaboration:
-        """Both pathways, their similarity and their weights (form `adaptive` alone)."""
-        z_BPd, y_BPK, here_BP = self._projected(inputs, present)
+        """Both pathways, their similarity and their weights (form `adaptive` alone), of each record
+        by itself."""
+        z_BPd, y_BPK, here_BP = self.represent(inputs, present)
         negatives_Nd = self.negatives().to(z_BPd.dtype)
         with torch.autocast(z_BPd.device.type, enabled=False):  # tau magnifies what it rounds
             log_s_B = log_similarity(
                 z_BPd[:, 0], z_BPd[:, 1], negatives_Nd, self.options.temperature
             )
+        return self._weighed(y_BPK, log_s_B, here_BP)
+
+    def _weighed(self, y_BPK: Tensor, log_s_B: Tensor, here_BP: Tensor) -> Collaboration:
+        """Table 1."""
         if self.options.weighting == "learnable":
             index_B1 = torch.zeros(len(log_s_B), 1, dtype=torch.long, device=log_s_B.device)
             w_BP = self.theta(index_B1)[:, 0].softmax(dim=-1)
@@ -251,18 +283,27 @@ class AdaCoMed(RiskModel):
             small, dict(self.pathways["small"].named_parameters()), (inputs, present)
         )
         z_Nd = functional_call(projection, dict(self.projection.named_parameters()), (e_Nw,))
-        return functional.normalize(z_Nd, dim=-1, eps=1e-6)
+        return _unit(z_Nd)
 
-    def _projected(
+    def represent(
         self, inputs: Mapping[str, Tensor], present: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """z `[B, P, d]` of eq. (3), y `[B, P, K]` of eq. (6) by one p and one f for both pathways,
-        and whether a pathway has anything to read `[B, P]`."""
+        """What every form makes of B records, pathway by pathway.
+
+        Returns:
+            z `[B, P, d]` of eq. (3), y `[B, P, K]` of eq. (6) by one p and one f for both pathways,
+            and whether a pathway has anything to read `[B, P]`.
+        """
         read = [pathway(inputs, present) for pathway in self.pathways.values()]
         z_BPd = self.projection(torch.stack([e_Bw for e_Bw, _ in read], dim=1))
         y_BPK, here_BP = self.head(z_BPd), torch.stack([here_B for _, here_B in read], dim=1)
         wide = torch.promote_types(z_BPd.dtype, torch.float32)  # also under autocast
         return z_BPd.to(wide), y_BPK.to(wide), here_BP
+
+
+def _unit(z_Bd: Tensor) -> Tensor:
+    """Of unit length, without a gradient above 1e6 at a vector of zeros."""
+    return functional.normalize(z_Bd, dim=-1, eps=1e-6)
 
 
 def _sole(here_BP: Tensor, w_BP: Tensor) -> Tensor:

@@ -232,7 +232,7 @@ class LlamaFusion(RiskModel):
             pooled.append((share_BT[:, :, None] * normed_BTH).sum(dim=1))
         return torch.stack(pooled).sum(0)
 
-    def forward(self, inputs: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Prediction:
+    def predict(self, inputs: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Prediction:
         """Predicts the tasks of B records.
 
         Args:

@@ -59,6 +59,7 @@ class MLlmModel(RiskModel):
         groups: Stream of each source, in token order; keys as in `dims`.
         tasks: Number K of logits.
         seed: Draws the first weights and the negatives of (6); part of the study.
+        drawn_head: The head starts at random instead of at 0: a linear start reads through it.
     """
 
     negatives_PD: Tensor
@@ -71,6 +72,7 @@ class MLlmModel(RiskModel):
         tasks: int,
         *,
         seed: int,
+        drawn_head: bool = False,
     ) -> None:
         super().__init__()
         self.options, self.groups, self.dims = options, dict(groups), dict(dims)
@@ -91,10 +93,11 @@ class MLlmModel(RiskModel):
             self.head = nn.Linear(options.width, tasks, bias=False)
             self.intercept = nn.Embedding(1, tasks)
         # The untrained model says 0 of every record, and the head's first step is a linear model's.
-        nn.init.zeros_(self.head.weight)
+        if not drawn_head:
+            nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.intercept.weight)
 
-    def forward(self, inputs: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Prediction:
+    def predict(self, inputs: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Prediction:
         """Predicts the tasks of B records.
 
         Args:
@@ -138,8 +141,8 @@ class MLlmModel(RiskModel):
     ) -> dict[str, Tensor]:
         """What each token adds to the logits, C c_t of (5): source -> `[B, T_s, K]`.
 
-        With the intercept they sum to the logits. A text token speaks for itself and for what it
-        read in images and structured data by (2).
+        With the intercept they sum to the logits that `predict` says of the same inputs. A text
+        token speaks for itself and for what it read in images and structured data by (2).
         """
         _, _, added = self._fuse(self._encode(inputs, present))
         parts: dict[str, Tensor] = {}
@@ -252,4 +255,5 @@ def build(study: Study, dims: Mapping[str, int], slm: Slm | None) -> MLlmModel:
             f"model.m_llm.without = {list(options.without)} leaves none of the study's sources",
             cure="leave a stream in, or add a source of another one",
         )
-    return MLlmModel(options, dims, groups, len(study.tasks), seed=study.seed)
+    drawn = study.model.linear_start is not None
+    return MLlmModel(options, dims, groups, len(study.tasks), seed=study.seed, drawn_head=drawn)

@@ -7,7 +7,8 @@ averaged over the tokens that are present.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -156,12 +157,22 @@ class UniMlm(RiskModel):
         logits_BSK = (hidden_BSH @ self.head_KH.T).float()
         return self.softcap * torch.tanh(logits_BSK / self.softcap) if self.softcap else logits_BSK
 
+    @torch.no_grad()
+    def _untrained(self, masks: Sequence[Tensor], seen_BTT: Tensor, position_T: Tensor) -> Tensor:
+        """Designated logits `[B, T, K]` of base tokens in the place of records' own, before any
+        training: what `base_MK` holds for one token per source."""
+        lengths = torch.tensor([mask.shape[1] for mask in masks], device=seen_BTT.device)
+        x_TH = torch.repeat_interleave(self.base_SH, lengths, dim=0)
+        slm: Any = self.slm
+        with slm.disable_adapter() if self.config.lora else nullcontext():
+            return self._token_logits(x_TH.expand(len(seen_BTT), -1, -1), seen_BTT, position_T)
+
     def _mean_logits(self, x_BSH: Tensor, mask_BS: Tensor) -> Tensor:
         """Designated logits averaged over present tokens, `[B, K]`; 0 where none is present."""
         position_S = torch.arange(x_BSH.shape[1], device=x_BSH.device)
         return _mean(self._token_logits(x_BSH, _causal(mask_BS), position_S), mask_BS)
 
-    def forward(self, inputs: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Prediction:
+    def predict(self, inputs: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Prediction:
         """Predicts the tasks of B records.
 
         Args:
@@ -170,15 +181,21 @@ class UniMlm(RiskModel):
         """
         tokens, error_B = self._tokens(inputs, present)
         masks = [present[name] for name in self.projectors]
-        code_B = sum(mask.any(dim=1).long() << index for index, mask in enumerate(masks))
-        mean_BK = self._mean_logits(torch.cat(tokens, dim=1), torch.cat(masks, dim=1))
-        return Prediction(self.config.logit_gain * (mean_BK - self.base_MK[code_B]), error_B)
+        mask_BT = torch.cat(masks, dim=1)
+        mean_BK = self._mean_logits(torch.cat(tokens, dim=1), mask_BT)
+        if mask_BT.shape[1] == len(masks):
+            code_B = sum(mask.any(dim=1).long() << index for index, mask in enumerate(masks))
+            base_BK = self.base_MK[code_B]
+        else:
+            position_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)
+            base_BK = _mean(self._untrained(masks, _causal(mask_BT), position_T), mask_BT)
+        return Prediction(self.config.logit_gain * (mean_BK - base_BK), error_B)
 
-    def objective(self, inputs: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Objective:
+    def views(self, inputs: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Objective:
         """Isolated: one prediction per source, from its own tokens alone, as if the others were not
         in the sequence; each with a share of 1/S, absent ones with none."""
         if self.config.projectors == "joint":
-            return super().objective(inputs, present)
+            return super().views(inputs, present)
         tokens, error_B = self._tokens(inputs, present)
         masks = [present[name] for name in self.projectors]
         lengths = [mask.shape[1] for mask in masks]
@@ -187,12 +204,13 @@ class UniMlm(RiskModel):
         position_T = torch.cat([torch.arange(n, device=device) for n in lengths])
         seen_BTT = _causal(torch.cat(masks, dim=1)) & (source_T[:, None] == source_T)
         logits_BTK = self._token_logits(torch.cat(tokens, dim=1), seen_BTT, position_T)
-        views = [
-            _mean(own, mask) - self.base_MK[1 << index]
-            for index, (own, mask) in enumerate(
-                zip(logits_BTK.split(lengths, dim=1), masks, strict=True)
-            )
-        ]
+        own = [_mean(x, m) for x, m in zip(logits_BTK.split(lengths, dim=1), masks, strict=True)]
+        if len(position_T) == len(masks):
+            base = [self.base_MK[1 << index] for index in range(len(masks))]
+        else:
+            base_BTK = self._untrained(masks, seen_BTT, position_T)
+            base = [_mean(x, m) for x, m in zip(base_BTK.split(lengths, dim=1), masks, strict=True)]
+        views = [said - untrained for said, untrained in zip(own, base, strict=True)]
         share_BS = torch.stack([mask.any(dim=1) for mask in masks], dim=1).float() / len(masks)
         return Objective(self.config.logit_gain * torch.stack(views, dim=1), share_BS, error_B)
 

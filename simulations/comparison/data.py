@@ -1,0 +1,143 @@
+"""The patients of a comparison: every arm holds out the same ones, in every arrangement.
+
+The split is written into copies of the shards (`population` of the records), so that pooled
+training holds out the patients that the hospitals held out.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from client.site.shard import Shard
+from simulations.comparison.suite import Arrangement
+from simulations.merge import merge, with_split
+
+POOLED = "pooled"
+_DECLARED = 0.9  # of the training patients there are: a public round number lies below them
+
+
+@dataclass(frozen=True)
+class Hospitals:
+    """The hospitals of one arrangement.
+
+    Attributes:
+        shards: Folder of each.
+        declared: Training patients that each declares.
+        vaults: Folder of each one's encoded records.
+    """
+
+    shards: dict[str, Path]
+    declared: dict[str, int]
+    vaults: dict[str, Path]
+
+
+class Cohort:
+    """Shards by seed, arrangement and share of training patients, made on first use.
+
+    Args:
+        shards: The hospitals as they are.
+        held_out: Share of the patients that validate.
+        folder: Receives the copies and the encoded records.
+    """
+
+    def __init__(self, shards: Mapping[str, Path], held_out: float, folder: Path) -> None:
+        self._shards, self._held_out, self._folder = dict(shards), held_out, folder
+
+    def hospitals(self, arrangement: Arrangement, seed: int, ratio: float = 1.0) -> Hospitals:
+        """The hospitals of an arrangement; processes may ask at the same time."""
+        kind = POOLED if arrangement == POOLED else "sites"
+        base = self._folder / f"seed-{seed}" / kind
+        with locked(base / ".lock"):
+            whole = {n: base / "shards" / n for n in self._names(kind)}
+            if not all((path / "shard.toml").exists() for path in whole.values()):
+                self._write(kind, seed, whole)
+            shards = whole
+            if ratio < 1:
+                shards = {n: base / f"shards-{ratio:g}" / n for n in whole}
+                for name, path in shards.items():
+                    if not (path / "shard.toml").exists():
+                        _thin(whole[name], path, ratio, seed)
+        return Hospitals(
+            shards,
+            {name: declared(_training(path)) for name, path in shards.items()},
+            {name: base / "vaults" / name for name in shards},
+        )
+
+    def _names(self, kind: str) -> list[str]:
+        return [POOLED] if kind == POOLED else list(self._shards)
+
+    def _write(self, kind: str, seed: int, dest: Mapping[str, Path]) -> None:
+        def validates(hospital: str, patient: str) -> bool:
+            return _share(f"hold out\0{seed}\0{hospital}\0{patient}") < self._held_out
+
+        if kind == POOLED:
+            merge(self._shards, dest[POOLED], POOLED, validates)
+        else:
+            for name, path in self._shards.items():
+                with_split(path, dest[name], validates)
+
+
+def declared(patients: int) -> int:
+    """What a hospital of so many training patients declares."""
+    return max(1, int(_DECLARED * patients))
+
+
+def _thin(shard: Path, dest: Path, ratio: float, seed: int) -> None:
+    """The same shard with a share of its training patients; the larger share holds the smaller."""
+    dest.mkdir(parents=True, exist_ok=True)
+    for item in shard.iterdir():
+        if item.name not in ("records.parquet", "shard.toml"):
+            (dest / item.name).symlink_to(item.resolve())
+    records = pl.read_parquet(shard / "records.parquet")
+    keep = [
+        population == "validation" or _share(f"keep\0{seed}\0{_own(patient)}") < ratio
+        for population, patient in records.select("population", "patient_id").iter_rows()
+    ]
+    records.filter(pl.Series(keep)).write_parquet(dest / "records.parquet")
+    (dest / "shard.toml").write_text((shard / "shard.toml").read_text())
+
+
+def _own(patient: str) -> str:
+    """A patient's id as in the hospital's own shard: `merge` puts the hospital before it."""
+    return patient.rpartition("/")[2]
+
+
+def _training(shard: Path) -> int:
+    records = pl.read_parquet(shard / "records.parquet", columns=["patient_id", "population"])
+    return records.filter(pl.col("population") == "train")["patient_id"].n_unique()
+
+
+def _share(text: str) -> float:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def fingerprint(shards: Mapping[str, Path]) -> str:
+    """Hash of the shards' tables: another export makes other cells."""
+    digest = hashlib.sha256()
+    for name, path in sorted(shards.items()):
+        shard = Shard.open(path)
+        digest.update(name.encode())
+        for table in sorted(shard.path.glob("*.parquet")):
+            with table.open("rb") as file:
+                digest.update(table.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,136 @@
+"""Plots of a comparison, as PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from simulations.comparison.suite import Suite
+from simulations.comparison.tables import Result, by, privacy_name
+
+
+def plot_all(suite: Suite, results: Sequence[Result], folder: Path) -> list[Path]:
+    """Macro AUROC by privacy, ablations, sweeps, weights over training; what there is of them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    good = [r for r in results if "error" not in r and r["macro"]["auroc"] is not None]
+    written = []
+    if plain := [r for r in good if not r["group"]]:
+        written.append(_bars(plain, "row", folder / "main.png", suite.name))
+    for group in ("ablation", "single"):
+        if own := [r for r in good if r["group"] == group]:
+            whole = [r for r in good if not r["group"] and r["arm"] in {o["arm"] for o in own}]
+            written.append(_bars(whole + own, "row", folder / f"{group}.png", group))
+    for name, sweep in suite.sweeps.items():
+        if own := [r for r in good if r["group"] == name]:
+            written.append(_lines(own, sweep.key, folder / f"sweep-{name}.png"))
+    if traced := [r for r in good if r.get("weights")]:
+        written.append(_weights(traced, folder / "weights.png"))
+    return written
+
+
+def plot_map(z_2Nd: np.ndarray, labels_N: np.ndarray, task: str, path: Path) -> Path:
+    """Both pathways' representations in the plane, by t-SNE: the paper's Figure 2."""
+    from sklearn.manifold import TSNE
+
+    both = z_2Nd.reshape(-1, z_2Nd.shape[-1])
+    both = both / np.maximum(np.linalg.norm(both, axis=1, keepdims=True), 1e-12)
+    perplexity = min(30.0, max(2.0, len(both) / 4))
+    at = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(both)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained")
+    half = len(labels_N)
+    for name, part in (("large pathway", at[:half]), ("small model", at[half:])):
+        axes[0].scatter(part[:, 0], part[:, 1], s=8, label=name, alpha=0.7)
+    for value, name in ((1, "true"), (0, "false")):
+        some = np.tile(labels_N == value, 2)
+        axes[1].scatter(at[some, 0], at[some, 1], s=8, label=f"{task}: {name}", alpha=0.7)
+    for axis in axes:
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.legend(fontsize=8)
+    return _save(figure, path)
+
+
+def _bars(results: Sequence[Result], key: str, path: Path, title: str) -> Path:
+    """A dot per row, arrangement and privacy, with the standard deviation over seeds."""
+    rows = list(by(results, key, "arrangement"))
+    privacies = [p for (p,) in by(results, "privacy")]
+    several = len({arrangement for _, arrangement in rows}) > 1
+    figure, axis = plt.subplots(figsize=(7, 1.2 + 0.32 * len(rows)), layout="constrained")
+    for offset, privacy in enumerate(privacies):
+        places: list[float] = []
+        means: list[float] = []
+        spreads: list[float] = []
+        for place, some in enumerate(by(results, key, "arrangement").values()):
+            values = _aurocs(r for r in some if r["privacy"] == privacy)
+            if values:
+                places.append(place + 0.18 * (offset - (len(privacies) - 1) / 2))
+                means.append(float(np.mean(values)))
+                spreads.append(float(np.std(values, ddof=1)) if len(values) > 1 else 0.0)
+        axis.errorbar(
+            means, places, xerr=spreads, fmt="o", ms=5, capsize=2, label=privacy_name(privacy)
+        )
+    names = [f"{name}, {arrangement}" if several else str(name) for name, arrangement in rows]
+    axis.set_yticks(range(len(rows)), names, fontsize=8)
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.set_xlabel("macro AUROC of held-out patients (bars: standard deviation over seeds)")
+    axis.grid(axis="x", alpha=0.3)
+    axis.set_title(title, fontsize=10, loc="left")
+    axis.legend(fontsize=8, loc="best")
+    return _save(figure, path)
+
+
+def _lines(results: Sequence[Result], key: str, path: Path) -> Path:
+    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for (arm, privacy, arrangement), some in by(results, "arm", "privacy", "arrangement").items():
+        points = [(value, cells) for (value,), cells in by(some, "value").items()]
+        values: list[Any] = [value for value, _ in points]
+        number = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+        at = values if number else list(range(len(values)))
+        means = [float(np.mean(_aurocs(cells))) for _, cells in points]
+        sd = [
+            float(np.std(_aurocs(cells), ddof=1)) if len(cells) > 1 else 0.0 for _, cells in points
+        ]
+        label = f"{arm}, {privacy_name(privacy)}, {arrangement}"
+        axis.errorbar(at, means, yerr=sd, marker="o", ms=4, capsize=2, label=label)
+        if not number:
+            axis.set_xticks(at, [str(v) for v in values])
+    axis.set_xlabel(key)
+    axis.set_ylabel("macro AUROC")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return _save(figure, path)
+
+
+def _weights(results: Sequence[Result], path: Path) -> Path:
+    """AdaCoMed's w_large over the rounds, first seed: mean, and the middle 90 % of records."""
+    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for (row, privacy, arrangement), some in by(results, "row", "privacy", "arrangement").items():
+        points = some[0]["weights"]
+        rounds = [p["round"] for p in points]
+        label = f"{row}, {privacy_name(privacy)}, {arrangement}"
+        (line,) = axis.plot(rounds, [p["mean"] for p in points], label=label)
+        low, high = [p["low"] for p in points], [p["high"] for p in points]
+        axis.fill_between(rounds, low, high, alpha=0.15, color=line.get_color())
+    axis.set_xlabel("round")
+    axis.set_ylabel("weight of the large pathway")
+    axis.set_ylim(0, 1)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    return _save(figure, path)
+
+
+def _aurocs(results: Iterable[Result]) -> list[float]:
+    return [float(r["macro"]["auroc"]) for r in results]
+
+
+def _save(figure: Any, path: Path) -> Path:
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path

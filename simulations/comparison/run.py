@@ -1,0 +1,147 @@
+"""The matrix: what is left to do, in several processes, with progress; then tables and plots."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from common.errors import StudyError
+from common.study import Study
+from simulations.comparison import inside, plots, tables
+from simulations.comparison.data import Cohort, fingerprint
+from simulations.comparison.execute import Job, cohort_sites, execute, finished, job
+from simulations.comparison.suite import Suite, cells
+from simulations.preflight import check, place
+
+
+def plan(
+    suite: Suite, base: Study, shards: Mapping[str, Path], out: Path, only: Sequence[str] = ()
+) -> tuple[list[Job], Cohort]:
+    """Every cell, in the order in which they can run.
+
+    Args:
+        only: Arms; empty takes all.
+
+    Raises:
+        FedwardError: The first study, shard or name that is wrong; nothing has run by then.
+    """
+    base = place(base)
+    check(base, shards)
+    cohort = Cohort(shards, base.evaluation.validation_fraction, out / "data")
+    data = fingerprint(shards)
+    wanted = [c for c in cells(suite, base) if not only or c.row.base in only]
+    by_place: dict[tuple[Any, ...], Job] = {}
+    for cell in wanted:
+        made = job(cell, base, cohort, data, out / "cells")
+        by_place[(cell.row.name, cell.privacy, cell.arrangement, cell.seed)] = made
+    jobs = []
+    for (_, *where), made in by_place.items():
+        first = made.cell.row.arm.after
+        before = by_place.get((first, *where)) if first else None
+        if first and before is None:
+            raise StudyError(
+                f"arm '{made.cell.row.name}' comes after '{first}', which has no run like it",
+                cure=f"give '{first}' the same privacy, arrangements and seeds",
+            )
+        if before is not None:
+            identity = f"{made.identity} after {before.identity}"
+            made = replace(made, before=before.folder, identity=identity)
+        jobs.append(made)
+    return sorted(jobs, key=lambda j: j.before is not None), cohort
+
+
+def run(jobs: Sequence[Job], cohort: Cohort, processes: int, console: Console) -> None:
+    """Runs what has no result yet; what is interrupted is done again the next time."""
+    left = [j for j in jobs if finished(j.folder, j.identity) is None]
+    if done := len(jobs) - len(left):
+        console.print(f"{done} of {len(jobs)} cells are there already", highlight=False)
+    if not left:
+        return
+    waves = [[j for j in left if j.before is None], [j for j in left if j.before is not None]]
+    # A process per cell, whose peak memory is its own, forked from one that has imported everything
+    # and run nothing: polars hangs in a fork of a process that used it.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["simulations.comparison.execute"])
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[eta]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("cells", total=len(left), eta="")
+        began, count = time.monotonic(), 0
+        for wave in (w for w in waves if w):
+            with context.Pool(processes, initializer=_settle, maxtasksperchild=1) as pool:
+                for result in pool.imap_unordered(_execute, [(j, cohort) for j in wave]):
+                    count += 1
+                    rest = (time.monotonic() - began) / count * (len(left) - count)
+                    progress.update(bar, advance=1, eta=f"about {rest / 60:.0f} min left")
+                    progress.console.print(_line(result), highlight=False)
+
+
+def results(jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    """Of every cell that has one, failures included, in the suite's order."""
+    found = []
+    for each in jobs:
+        with contextlib.suppress(OSError, ValueError):
+            result = json.loads((each.folder / "cell.json").read_text())
+            if result["identity"] == each.identity:
+                found.append(result)
+    return found
+
+
+def report(
+    suite: Suite, jobs: Sequence[Job], cohort: Cohort, out: Path, command: str
+) -> list[tables.Table]:
+    """Writes tables and plots."""
+    found = results(jobs)
+    made = tables.tables(suite, found)
+    heading = f"# {suite.name}\n\n{suite.description}\n\n```sh\n{command}\n```\n"
+    pictures = plots.plot_all(suite, found, out / "plots")
+    for each in jobs:
+        adapter = each.folder / "run" / "adapter" / "fedward.safetensors"
+        if each.cell.row.name in suite.maps and adapter.exists():
+            z, labels = inside.representations(each.study, cohort_sites(cohort, each.cell), adapter)
+            first = next(iter(each.study.tasks))
+            pictures.append(
+                plots.plot_map(z, labels, first, out / "plots" / f"map-{each.cell.id}.png")
+            )
+    links = "\n".join(f"![{p.stem}](plots/{p.name})" for p in pictures)
+    tables.write(out, made, f"{heading}\n{links}\n")
+    return made
+
+
+def _execute(pair: tuple[Job, Cohort]) -> dict[str, Any]:
+    return execute(*pair)
+
+
+def _settle() -> None:
+    torch.set_num_threads(1)  # cells share the machine, not a kernel
+    logging.getLogger("fedward").setLevel(logging.ERROR)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _line(result: Mapping[str, Any]) -> str:
+    where = f"{result['row']}, {tables.privacy_name(result['privacy'])}, {result['arrangement']}"
+    where += f", seed {result['seed']}"
+    if "error" in result:
+        return f"{where}: failed: {result['error']}"
+    auroc = result["macro"]["auroc"]
+    shown = "–" if auroc is None else f"{auroc:.3f}"
+    return f"{where}: {shown} in {result['seconds']:.0f} s"
