@@ -93,15 +93,22 @@ def declared(patients: int) -> int:
 def _thin(shard: Path, dest: Path, ratio: float, seed: int) -> None:
     """The same shard with a share of its training patients; the larger share holds the smaller."""
     dest.mkdir(parents=True, exist_ok=True)
-    for item in shard.iterdir():
-        if item.name not in ("records.parquet", "shard.toml"):
-            (dest / item.name).symlink_to(item.resolve())
     records = pl.read_parquet(shard / "records.parquet")
     keep = [
         population == "validation" or _share(f"keep\0{seed}\0{_own(patient)}") < ratio
         for population, patient in records.select("population", "patient_id").iter_rows()
     ]
-    records.filter(pl.Series(keep)).write_parquet(dest / "records.parquet")
+    records = records.filter(pl.Series(keep))
+    for item in shard.iterdir():
+        if item.name == "records.parquet":
+            records.write_parquet(dest / item.name)
+        elif item.suffix == ".parquet":
+            rows = pl.read_parquet(item)
+            rows.filter(pl.col("stay_id").is_in(records["stay_id"].implode())).write_parquet(
+                dest / item.name
+            )
+        elif item.name != "shard.toml":
+            (dest / item.name).symlink_to(item.resolve())
     (dest / "shard.toml").write_text((shard / "shard.toml").read_text())
 
 

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from common.errors import StudyError
 from common.study import Study
+from server.publish import PROJECTORS
 from simulations.comparison import inside, plots, tables
 from simulations.comparison.data import Cohort, fingerprint
 from simulations.comparison.execute import Job, cohort_sites, execute, finished, job
@@ -114,7 +115,7 @@ def report(
     heading = f"# {suite.name}\n\n{suite.description}\n\n```sh\n{command}\n```\n"
     pictures = plots.plot_all(suite, found, out / "plots")
     for each in jobs:
-        adapter = each.folder / "run" / "adapter" / "fedward.safetensors"
+        adapter = each.folder / "run" / "adapter" / PROJECTORS
         if each.cell.row.name in suite.maps and adapter.exists():
             z, labels = inside.representations(each.study, cohort_sites(cohort, each.cell), adapter)
             first = next(iter(each.study.tasks))

@@ -1,0 +1,284 @@
+"""`fedward compare` on tiny hospitals: the matrix, the same patients everywhere, resume, tables."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import tomli_w
+from rich.console import Console
+from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
+from typer.testing import CliRunner
+
+from client.site.shard import Shard
+from common.errors import FedwardError, StudyError
+from common.study import Study
+from simulations import synthetic_hospitals
+from simulations.comparison import run as runner
+from simulations.comparison.data import Cohort
+from simulations.comparison.measures import measure
+from simulations.comparison.suite import SUITES, Suite, cells, rows, study_of
+from simulations.comparison.tables import spread, tables
+
+pytestmark = pytest.mark.timeout(400)
+
+SMALL = {"width": 48, "shared_width": 8, "prototypes": 3}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return synthetic_hospitals(tmp_path_factory.mktemp("cohort"), 2, patients=40)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    raw = Study.load("demo").model_dump(mode="json", exclude_none=True)
+    for name in set(raw["sources"]) - {"lab", "note"}:
+        del raw["sources"][name]
+    raw["training"]["steps_per_round"] = 2
+    raw["training_without_privacy"] = {"learning_rate": 1e-3, "steps_per_round": 2}
+    raw["federation"] |= {"rounds": 2, "quorum": 1.0, "sites": {}}
+    path = tmp_path_factory.mktemp("study") / "base.toml"
+    path.write_text(tomli_w.dumps(raw))
+    return path
+
+
+def suite(base: Path, **changes: Any) -> Suite:
+    model = {"system": "adacomed", "adacomed": SMALL}
+    first = {"system": "adacomed", "adacomed": SMALL | {"form": "small-only"}}
+    raw = {
+        "name": "tiny",
+        "study": str(base),
+        "reference": "trees",
+        "privacy": ["none", 8.0],
+        "arrangements": ["federated", "pooled", "local"],
+        "arms": {
+            "trees": {"kind": "haim"},
+            "whole": {"study": {"model": model}},
+            "small": {"study": {"model": first}, "arrangements": ["federated"]},
+            "after": {"study": {"model": model}, "arrangements": ["federated"], "after": "small"},
+        },
+    }
+    return Suite.model_validate({**raw, **changes})
+
+
+@pytest.fixture(scope="module")
+def done(
+    base: Path, shards: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Suite, Any, Any]:
+    out = tmp_path_factory.mktemp("out")
+    chosen = suite(base, maps=["whole"])
+    jobs, cohort = runner.plan(chosen, Study.load(base), shards, out)
+    runner.run(jobs, cohort, 1, Console(quiet=True))
+    runner.report(chosen, jobs, cohort, out, "fedward compare tiny")
+    return out, chosen, jobs, cohort
+
+
+def test_every_cell_has_a_result_and_the_same_held_out_patients(done: Any) -> None:
+    _, _, jobs, _ = done
+    found = runner.results(jobs)
+    assert len(found) == len(jobs) == 3 + 6 + 2 + 2
+    assert not [r["error"] for r in found if "error" in r]
+    assert len({(r["patients"], r["records"]) for r in found}) == 1
+    labels = [np.load(j.folder / "scores.npz")["labels"] for j in jobs]
+    positives = {tuple((one == 1).sum(axis=0)) for one in labels}
+    assert len(positives) == 1, "pooled, local and federated hold out the same records"
+
+
+def test_privacy_is_charged_and_pretraining_stands_in_the_same_ledgers(done: Any) -> None:
+    _, _, jobs, _ = done
+    spent = {
+        (j.cell.row.name, j.cell.privacy): json.loads((j.folder / "cell.json").read_text())
+        for j in jobs
+        if j.cell.row.arm.kind == "system" and j.cell.arrangement == "federated"
+    }
+    assert all(0 < e <= 8 for e in spent["whole", 8.0]["epsilon"].values())
+    assert set(spent["whole", "none"]["epsilon"].values()) == {None}
+    after = next(j for j in jobs if j.cell.row.name == "after" and j.cell.privacy == 8.0)
+    report = json.loads((after.folder / "run" / "report.json").read_text())
+    both = [ledger["train"] for ledger in report["simulation_ledgers"].values()]
+    own = [site["epsilon_by_population"]["train"] for site in report["sites"]]
+    assert all(b > o for b, o in zip(both, own, strict=True)), "composed with the pre-training"
+
+
+def test_tables_and_plots_are_written(done: Any) -> None:
+    out, _, _, _ = done
+    with (out / "tables" / "main.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [(row[""], row["patients"]) for row in lines][:3] == [
+        ("trees", "federated"),
+        ("trees", "pooled"),
+        ("trees", "local"),
+    ]
+    assert lines[0]["ε = 8"] == "–", "trees have no privacy"
+    assert {p.name for p in (out / "plots").iterdir()} >= {"main.png", "weights.png"}
+    assert any(p.name.startswith("map-whole") for p in (out / "plots").iterdir())
+    text = (out / "summary.md").read_text()
+    for title in ("Macro AUROC", "All measures", "Costs", "less that of trees"):
+        assert title in text
+
+
+def test_the_same_command_does_only_what_is_left(
+    done: Any, base: Path, shards: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, chosen, jobs, _ = done
+    again, cohort = runner.plan(chosen, Study.load(base), shards, out)
+    assert [j.identity for j in again] == [j.identity for j in jobs]
+
+    def never(*_: Any) -> None:
+        raise AssertionError("nothing is left to do")
+
+    monkeypatch.setattr(runner.multiprocessing, "get_context", never)
+    runner.run(again, cohort, 1, Console(quiet=True))
+    other = chosen.model_copy(update={"seeds": (1,)})
+    moved, _ = runner.plan(other, Study.load(base), shards, out)
+    assert not {j.identity for j in moved} & {j.identity for j in jobs}
+
+
+def test_a_smaller_share_keeps_whole_patients_and_all_who_validate(
+    shards: dict[str, Path], tmp_path: Path
+) -> None:
+    cohort = Cohort(shards, 0.25, tmp_path)
+    kept: dict[float, set[str]] = {}
+    held: dict[float, set[str]] = {}
+    for ratio in (1.0, 0.5, 0.2):
+        hospitals = cohort.hospitals("federated", 0, ratio)
+        records = pl.concat(
+            [
+                Shard.open(path).records.select(
+                    pl.format(f"{name}/{{}}", "patient_id").alias("patient_id"), "population"
+                )
+                for name, path in hospitals.shards.items()
+            ]
+        )
+        groups = dict(records.group_by("population").agg(pl.col("patient_id").unique()).iter_rows())
+        kept[ratio], held[ratio] = set(groups["train"]), set(groups["validation"])
+        assert held[ratio] == held[1.0]
+        assert all(0 < d <= 40 for d in hospitals.declared.values())
+    assert kept[0.2] < kept[0.5] < kept[1.0]
+
+
+def test_measures_are_scikit_learns_and_none_where_undefined() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(60, 2))
+    labels = rng.integers(0, 2, size=(60, 2)).astype(np.int8)
+    labels[:10, 0], labels[:, 1] = -1, 1
+    found = measure(logits, labels, np.arange(60), ["a", "b"])
+    known = labels[:, 0] >= 0
+    y, score = labels[known, 0], logits[known, 0]
+    assert found["tasks"]["a"]["auroc"] == pytest.approx(roc_auc_score(y, score))
+    assert found["tasks"]["a"]["accuracy"] == pytest.approx(accuracy_score(y, score >= 0))
+    assert found["tasks"]["a"]["f1"] == pytest.approx(f1_score(y, score >= 0))
+    assert found["tasks"]["b"]["auroc"] is None
+    assert found["macro"]["auroc"] == found["tasks"]["a"]["auroc"]
+
+
+def test_rows_of_sweeps_single_sources_and_ablations(base: Path) -> None:
+    chosen = suite(
+        base,
+        single_sources=["whole"],
+        ablations=["whole"],
+        sweeps={
+            "contrast": {
+                "arm": "whole",
+                "key": "model.adacomed.contrast_weight",
+                "values": [0.0, 0.5],
+            },
+            "share": {"arm": "whole", "key": "data_ratio", "values": [0.5, 1.0]},
+        },
+    )
+    found = {row.name: row for row in rows(chosen, Study.load(base))}
+    assert found["whole, lab alone"].arm.sources == ("lab",)
+    assert found["whole, without notes"].arm.sources == ("lab",)
+    swept = found["whole, contrast_weight 0.5"].arm.study["model"]
+    assert swept["adacomed"]["contrast_weight"] == 0.5
+    assert swept["adacomed"]["width"] == 48
+    assert found["whole, data_ratio 0.5"].ratio == 0.5
+    assert not [c for c in cells(chosen, Study.load(base)) if c.row.base == "trees" and c.epsilon]
+
+
+def test_a_failed_cell_is_told_and_the_others_stand() -> None:
+    good = {"row": "a", "arm": "a", "group": "", "privacy": "none", "arrangement": "federated"}
+    macro = dict.fromkeys(("accuracy", "auroc", "auprc", "precision", "recall", "f1"), 0.75)
+    rest = {"macro": macro, "tasks": {}, "seconds": 1.0, "peak_memory_bytes": 1, "interval": None}
+    results = [{**good, **rest, "seed": 0}, {**good, "seed": 1, "error": "no room"}]
+    chosen = Suite(name="x", study="demo", arms={"a": {}})
+    main = tables(chosen, results)[0]
+    assert main.rows[0]["no privacy"] == ".750 (1 failed)"
+    assert spread([results[0], {**results[0], "macro": {**macro, "auroc": 0.85}}], _auroc) == (
+        ".800 ± .071"
+    )
+
+
+def _auroc(result: Any) -> float:
+    return float(result["macro"]["auroc"])
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"reference": "tres"}, "no arm 'tres'"),
+        ({"arms": {"a": {"kind": "forest"}}, "reference": None}, "kind"),
+        ({"arm": {}}, "arm"),
+        ({"privacy": []}, "must not be empty"),
+    ],
+)
+def test_wrong_suites_are_told(base: Path, tmp_path: Path, change: Any, told: str) -> None:
+    raw = {"name": "x", "study": str(base), "reference": "a", "arms": {"a": {}}, **change}
+    path = tmp_path / "suite.toml"
+    path.write_text(tomli_w.dumps({k: v for k, v in raw.items() if v is not None}))
+    with pytest.raises(StudyError, match=told):
+        Suite.load(path)
+
+
+@pytest.mark.parametrize(
+    ("arm", "told"),
+    [
+        ({"study": {"model": {"system": "adacomet"}}}, "arm 'a': .*unknown system 'adacomet'"),
+        ({"study": {"model": {"sytem": "adacomed"}}}, "arm 'a': .*unknown key"),
+        ({"sources": ["labs"]}, "labs"),
+        ({"kind": "dp-logistic"}, "knows one task"),
+    ],
+)
+def test_wrong_arms_are_told_before_anything_runs(
+    base: Path, shards: dict[str, Path], tmp_path: Path, arm: Any, told: str
+) -> None:
+    chosen = Suite.model_validate({"name": "x", "study": str(base), "arms": {"a": arm}})
+    with pytest.raises(FedwardError, match=told):
+        runner.plan(chosen, Study.load(base), shards, tmp_path)
+    assert not (tmp_path / "cells").exists()
+
+
+def test_the_command_lists_its_cells(base: Path, shards: dict[str, Path], tmp_path: Path) -> None:
+    import typer
+
+    from simulations.comparison.cli import compare
+
+    app = typer.Typer()
+    app.command()(compare)
+    path = tmp_path / "suite.toml"
+    path.write_text(tomli_w.dumps({"name": "x", "study": str(base), "arms": {"a": {}}}))
+    folder = next(iter(shards.values())).parent
+    said = CliRunner().invoke(
+        app, [str(path), "--shards", str(folder), "--out", str(tmp_path / "o"), "--dry-run"]
+    )
+    assert said.exit_code == 0, said.output
+    assert "a_eps2_federated_0" in said.output
+    assert "3 cells" in said.output
+
+
+def test_ready_suites_fit_their_studies() -> None:
+    from importlib import resources
+
+    names = [f.name for f in resources.files(SUITES).iterdir() if f.name.endswith(".toml")]
+    assert names
+    for name in names:
+        chosen = Suite.load(name.removesuffix(".toml"))
+        study = Study.load(chosen.study)
+        for cell in cells(chosen, study):
+            study_of(study, cell, {"somewhere": 100})
