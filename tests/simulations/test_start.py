@@ -38,7 +38,8 @@ def study(shards: dict[str, Path], *, private: bool = True, **options: Any) -> S
         "system": "adacomed",
         "adacomed": {"width": 48, "shared_width": 8, "prototypes": 3, **options},
     }
-    raw["training"]["steps_per_round"] = 2
+    raw["training"] = {"optimizer": "adam", "learning_rate": 1e-3, "steps_per_round": 2}
+    raw["training_without_privacy"] = None
     raw["federation"] |= {"rounds": 2, "quorum": 1.0, "sites": {}}
     sites = dict.fromkeys(shards, 20)
     return resolve(Study.model_validate(raw), sites=sites, private=private)

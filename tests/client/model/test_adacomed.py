@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from client.site.model.losses import row_loss
 from client.site.training.clipping import PatientClipper
 from client.site.training.layers import covered_modules
 from common.errors import StudyError
-from common.study import Federation, Model, Site, Source, Study, Task
+from common.study import Federation, Model, Privacy, Site, Source, Study, Task
 from common.systems.adacomed import PRESETS
 from common.systems.adacomed import AdaCoMed as Options
 
@@ -36,7 +36,7 @@ FORMS = ["adaptive", "large-only", "small-only", "logit-ensemble", "concatenatio
 WEIGHTINGS = ["learnable", "inverse", "gaussian", "threshold"]
 
 
-def study(*, seed: int = 0, **options: Any) -> Study:
+def study(*, seed: int = 0, mode: Literal["local", "none"] = "local", **options: Any) -> Study:
     return Study(
         name="test",
         seed=seed,
@@ -48,6 +48,7 @@ def study(*, seed: int = 0, **options: Any) -> Study:
         },
         tasks={"death": Task(prevalence=0.1), "stay": Task(prevalence=0.4)},
         model=Model(system="adacomed", adacomed=Options(**{**SMALL, **options})),
+        privacy=Privacy(mode=mode),
         federation=Federation(sites={"a": Site(patients_declared=10)}),
     )
 
@@ -425,6 +426,78 @@ def test_a_pathway_that_saw_nothing_dilutes_nothing(form: str) -> None:
     assert y_BPK[1, 0].tolist() == pytest.approx(
         linear(model.head, network(model.projection, e_large))
     )
+
+
+# -- the batch's other records, without privacy ----------------------------------------------------
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_in_training_the_negatives_are_the_others_whom_both_pathways_read(weighting: str) -> None:
+    """Eq. (4) as printed, in plain loops; the second record lacks the large pathway's source."""
+    groups = {"modalities": {"image": ("xray",)}, "small_modalities": {"all": tuple(DIMS)}}
+    s = study(negatives="batch", weighting=weighting, mode="none", **groups)
+    model = make(s)
+    inputs, present, _ = batch(6)
+    present["xray"][:] = True
+    present["xray"][1] = False
+    z_BPd, y_BPK, here_BP = model.represent(inputs, present)
+    assert here_BP.all(dim=1).tolist() == [True, False, True, True, True, True]
+    goal, o = model.objective(inputs, present), s.model.adacomed
+    theta = model.theta.weight[0].tolist() if weighting == "learnable" else ()
+    for row in (0, 2, 3, 4, 5):
+        others = [z_BPd[k, 1].tolist() for k in (0, 2, 3, 4, 5) if k != row]
+        large, small = z_BPd[row].tolist()
+        similarity = similarity_of(large, small, others, o.temperature)
+        w_large, w_small = weights_of(o, similarity, theta)
+        expected = [w_large * a + w_small * b for a, b in zip(*y_BPK[row].tolist(), strict=True)]
+        assert goal.logits_BVK[row, 0].tolist() == pytest.approx(expected)
+        contrast = -o.contrast_weight * math.log(similarity)
+        assert goal.auxiliary_B[row].item() == pytest.approx(contrast)
+    assert goal.auxiliary_B[1] == 0
+    assert torch.equal(goal.logits_BVK[1, 0], y_BPK[1, 1])
+
+
+def test_the_batch_is_mixed_in_training_and_not_in_prediction() -> None:
+    model, alike = make(study(negatives="batch", mode="none")), make(study())
+    inputs, present, _ = batch()
+    for mask in present.values():
+        mask[:] = True
+    trained, said = model.objective(inputs, present), model(inputs, present)
+    expected = alike(inputs, present)
+    assert torch.equal(said.logits_BK, expected.logits_BK)  # against public records, as by default
+    assert torch.equal(said.auxiliary_B, expected.auxiliary_B)
+    for name in DIMS:
+        inputs[name][1:] *= -7
+    moved, said_again = model.objective(inputs, present), model(inputs, present)
+    assert torch.equal(said.logits_BK[0], said_again.logits_BK[0])
+    assert not torch.allclose(trained.logits_BVK[0], moved.logits_BVK[0])
+    assert not torch.allclose(trained.auxiliary_B[0], moved.auxiliary_B[0])
+    gradient = torch.autograd.grad(moved.auxiliary_B[0], model.head.weight, allow_unused=True)[0]
+    assert gradient is None or gradient.abs().max() == 0  # the contrast is p's, not f's
+
+
+def test_a_record_alone_in_its_pass_contrasts_with_nobody() -> None:
+    model = make(study(negatives="batch", mode="none"))
+    inputs, present, _ = batch(1)
+    goal = model.objective(inputs, present)
+    assert goal.auxiliary_B.tolist() == [0.0]
+    goal.logits_BVK.sum().backward()
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_under_privacy_the_batch_is_refused_with_the_rule_and_the_cure() -> None:
+    with pytest.raises(
+        ValidationError,
+        match=r"model.adacomed: negatives = 'batch' puts every patient into the gradients of all "
+        r"others.*set negatives = 'records', or privacy.mode = 'none'",
+    ):
+        study(negatives="batch")
+    free = study(negatives="batch", mode="none")
+    assert Study.from_toml(free.to_toml()) == free
+    raw = free.model_dump(mode="json")
+    raw["privacy"]["mode"] = "local"  # what a coordinator might send to a site
+    with pytest.raises(ValidationError, match="negatives = 'batch'"):
+        Study.model_validate(raw)
 
 
 # -- privacy --------------------------------------------------------------------------------------
