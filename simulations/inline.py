@@ -73,6 +73,7 @@ def run_inline(
     start: Path | None = None,
     sites: Path | None = None,
     resume: bool = False,
+    threads: int | None = None,
     on_round: Callable[[int, Arrays], None] | None = None,
 ) -> Report:
     """Runs a resolved study over virtual hospitals in this process.
@@ -84,6 +85,7 @@ def run_inline(
             By default each run has its own.
         start, sites: See `simulate`.
         resume: Go on with the run whose checkpoint lies in `out`.
+        threads: Of torch; by default half of the processors.
         on_round: Called with the number and the adapter of each aggregated round.
 
     Returns:
@@ -98,7 +100,7 @@ def run_inline(
         share_state(out, sites)
     identity = Identity.open(out / "coordinator.key")
     config = daemon_config(shards, out / "sites", out / "daemon.sock", identity.public)
-    bench = Bench(config.device, config.threads)
+    bench = Bench(config.device, threads or config.threads)
     for site, folder in (vaults or {}).items():
         folder.mkdir(parents=True, exist_ok=True)
         (out / "sites" / site).mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -152,13 +152,16 @@ def _system(task: Job, hospitals: Hospitals) -> tuple[Scores, dict[str, Any]]:
         study = _alone(whole, names) if apart else whole
         place = "-".join(names) if apart else "run"
         before = None if task.before is None else task.before / place
+        if before is not None:  # a copy: other arms start from the same cell, maybe now
+            shutil.copytree(before / "sites", task.folder / "sites" / place, symlinks=True)
         report = run_inline(
             study,
             {name: hospitals.shards[name] for name in names},
             task.folder / place,
             vaults={name: hospitals.vaults[name] for name in names},
             start=None if before is None else before / "adapter",
-            sites=None if before is None else before / "sites",
+            sites=None if before is None else task.folder / "sites" / place,
+            threads=1,
             on_round=None if apart else trace.of(hospitals),
         )
         parts += [_exact(task.folder / place / "sites" / name) for name in names]

@@ -10,6 +10,8 @@ import os
 import signal
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from common.errors import StudyError
+from common.errors import FedwardError, StudyError
 from common.study import Study
 from server.publish import PROJECTORS
 from simulations.comparison import inside, plots, tables
@@ -41,13 +43,26 @@ def plan(
     """
     base = place(base)
     check(base, shards)
-    cohort = Cohort(shards, base.evaluation.validation_fraction, out / "data")
-    data = fingerprint(shards)
+    data, held_out = fingerprint(shards), base.evaluation.validation_fraction
+    cohort = Cohort(shards, held_out, out / "data" / f"{data[:12]}-{held_out:g}")
     wanted = [c for c in cells(suite, base) if not only or c.row.base in only]
     by_place: dict[tuple[Any, ...], Job] = {}
+    points: dict[tuple[Any, ...], str] = {}
     for cell in wanted:
         made = job(cell, base, cohort, data, out / "cells")
         by_place[(cell.row.name, cell.privacy, cell.arrangement, cell.seed)] = made
+        if cell.row.group in suite.sweeps:
+            what = (cell.row.group, made.study.hash, cell.arrangement, cell.row.ratio)
+            if other := points.get(what):
+                raise StudyError(
+                    f"'{other}' and '{cell.row.name}' are the same study: the sweep's key has no "
+                    f"effect with privacy {cell.privacy}",
+                    cure="sweep another key (without privacy, training_without_privacy is used), "
+                    "or narrow the sweep's privacy",
+                )
+            points[what] = cell.row.name
+    if len({made.folder for made in by_place.values()}) < len(by_place):
+        raise StudyError("two rows have the same name", cure="rename an arm or a sweep")
     jobs = []
     for (_, *where), made in by_place.items():
         first = made.cell.row.arm.after
@@ -87,12 +102,22 @@ def run(jobs: Sequence[Job], cohort: Cohort, processes: int, console: Console) -
         bar = progress.add_task("cells", total=len(left), eta="")
         began, count = time.monotonic(), 0
         for wave in (w for w in waves if w):
-            with context.Pool(processes, initializer=_settle, maxtasksperchild=1) as pool:
-                for result in pool.imap_unordered(_execute, [(j, cohort) for j in wave]):
+            pool = ProcessPoolExecutor(
+                processes, context, initializer=_settle, max_tasks_per_child=1
+            )
+            try:
+                for future in as_completed([pool.submit(execute, j, cohort) for j in wave]):
+                    result = _result(future)
                     count += 1
                     rest = (time.monotonic() - began) / count * (len(left) - count)
                     progress.update(bar, advance=1, eta=f"about {rest / 60:.0f} min left")
                     progress.console.print(_line(result), highlight=False)
+            except BaseException:
+                for process in list((pool._processes or {}).values()):
+                    process.terminate()  # a cell may have minutes to go
+                pool.shutdown(cancel_futures=True)
+                raise
+            pool.shutdown()
 
 
 def results(jobs: Sequence[Job]) -> list[dict[str, Any]]:
@@ -127,8 +152,14 @@ def report(
     return made
 
 
-def _execute(pair: tuple[Job, Cohort]) -> dict[str, Any]:
-    return execute(*pair)
+def _result(future: Future[dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        raise FedwardError(
+            "a cell's process was killed, most likely for want of memory",
+            cure="run the same command again, with fewer --jobs; finished cells are kept",
+        ) from None
 
 
 def _settle() -> None:

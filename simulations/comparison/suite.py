@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from common.errors import StudyError, explain
-from common.study import Study, unknown
+from common.study import Key, Study, unknown
 from common.systems.part import Part
 
 Arrangement = Literal["federated", "pooled", "local"]
@@ -82,8 +82,8 @@ class Suite(Part):
     seeds: tuple[int, ...] = (0,)
     privacy: tuple[Privacy, ...] = ("none", 8.0, 2.0)
     arrangements: tuple[Arrangement, ...] = ("federated",)
-    arms: dict[str, Arm] = Field(min_length=1)
-    sweeps: dict[str, Sweep] = {}
+    arms: dict[Key, Arm] = Field(min_length=1)
+    sweeps: dict[Key, Sweep] = {}
     single_sources: tuple[str, ...] = ()
     ablations: tuple[str, ...] = ()
     maps: tuple[str, ...] = ()
@@ -93,6 +93,10 @@ class Suite(Part):
     def _some(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
         if not values:
             raise ValueError("must not be empty")
+        if len(set(values)) < len(values):
+            raise ValueError("names a value twice")
+        if any(isinstance(v, float) and not v > 0 for v in values):
+            raise ValueError("an epsilon is above 0")
         return values
 
     @model_validator(mode="after")
@@ -175,7 +179,7 @@ def rows(suite: Suite, study: Study) -> list[Row]:
                 for key in ("privacy", "arrangements", "seeds")
                 if getattr(sweep, key) is not None
             }
-            label = f"{sweep.arm}, {sweep.key.rpartition('.')[2]} {value}"
+            label = f"{sweep.arm}, {name} {value}"
             found.append(Row(label, arm.model_copy(update=only), sweep.arm, name, value, ratio))
     for base in suite.single_sources:
         for source in _sources(suite.arms[base], study):
@@ -242,7 +246,15 @@ def study_of(base: Study, cell: Cell, sites: Mapping[str, int]) -> Study:
     Raises:
         StudyError: What the arm lays over the study does not fit; the text names the arm.
     """
-    raw = merged(base.model_dump(mode="json"), cell.row.arm.study)
+    over = cell.row.arm.study
+    if set(over.get("privacy", {})) & {"mode", "epsilon"}:
+        raise StudyError(
+            f"arm '{cell.row.name}' sets its own privacy.mode or epsilon",
+            cure="that is the table's column: use the suite's or the arm's 'privacy'",
+        )
+    raw = merged(base.model_dump(mode="json"), over)
+    if cell.epsilon is not None:
+        raw["privacy"]["mode"] = "local"
     own = _sources(cell.row.arm, base)
     raw["sources"] = {name: raw["sources"][name] for name in base.sources if name in own}
     raw["federation"]["sites"] = {n: {"patients_declared": count} for n, count in sites.items()}

@@ -195,10 +195,10 @@ def test_rows_of_sweeps_single_sources_and_ablations(base: Path) -> None:
     found = {row.name: row for row in rows(chosen, Study.load(base))}
     assert found["whole, lab alone"].arm.sources == ("lab",)
     assert found["whole, without notes"].arm.sources == ("lab",)
-    swept = found["whole, contrast_weight 0.5"].arm.study["model"]
+    swept = found["whole, contrast 0.5"].arm.study["model"]
     assert swept["adacomed"]["contrast_weight"] == 0.5
     assert swept["adacomed"]["width"] == 48
-    assert found["whole, data_ratio 0.5"].ratio == 0.5
+    assert found["whole, share 0.5"].ratio == 0.5
     assert not [c for c in cells(chosen, Study.load(base)) if c.row.base == "trees" and c.epsilon]
 
 
@@ -226,6 +226,9 @@ def _auroc(result: Any) -> float:
         ({"arms": {"a": {"kind": "forest"}}, "reference": None}, "kind"),
         ({"arm": {}}, "arm"),
         ({"privacy": []}, "must not be empty"),
+        ({"privacy": [-3.0]}, "above 0"),
+        ({"seeds": [1, 1]}, "twice"),
+        ({"arms": {"a/b": {}}, "reference": None}, "a/b"),
     ],
 )
 def test_wrong_suites_are_told(base: Path, tmp_path: Path, change: Any, told: str) -> None:
@@ -242,6 +245,7 @@ def test_wrong_suites_are_told(base: Path, tmp_path: Path, change: Any, told: st
         ({"study": {"model": {"system": "adacomet"}}}, "arm 'a': .*unknown system 'adacomet'"),
         ({"study": {"model": {"sytem": "adacomed"}}}, "arm 'a': .*unknown key"),
         ({"sources": ["labs"]}, "labs"),
+        ({"study": {"privacy": {"mode": "none"}}}, "its own privacy.mode"),
         ({"kind": "dp-logistic"}, "knows one task"),
     ],
 )
@@ -252,6 +256,15 @@ def test_wrong_arms_are_told_before_anything_runs(
     with pytest.raises(FedwardError, match=told):
         runner.plan(chosen, Study.load(base), shards, tmp_path)
     assert not (tmp_path / "cells").exists()
+
+
+def test_a_sweep_without_effect_is_told(
+    base: Path, shards: dict[str, Path], tmp_path: Path
+) -> None:
+    sweep = {"arm": "whole", "key": "training.learning_rate", "values": [0.01, 60.0]}
+    chosen = suite(base, sweeps={"rate": {**sweep, "privacy": ["none"]}})
+    with pytest.raises(StudyError, match="the sweep's key has no effect"):
+        runner.plan(chosen, Study.load(base), shards, tmp_path)
 
 
 def test_the_command_lists_its_cells(base: Path, shards: dict[str, Path], tmp_path: Path) -> None:
