@@ -194,4 +194,5 @@ def test_many_tokens_of_norm_1_spend_no_more_than_one(system):
     if system == "m-llm":  # its head starts at 0, and no gradient would reach the tokens
         torch.nn.init.normal_(model.head.weight, std=0.1)
     one, many = (np.mean([gradient_norm(model, t, s) for s in range(10)]) for t in (1, 16))
-    assert 0.5 * one < many < 1.05 * one
+    # Measured for uni-mlm: 1.042, since the mean of its logits gives 16 of 17 parts to one source.
+    assert 0.5 * one < many < (1.05 if system == "uni-mlm" else 1.03) * one
