@@ -20,6 +20,7 @@ system, an SSD or a backup keeps of overwritten blocks is out of reach from here
 
 from __future__ import annotations
 
+import fcntl
 import hmac
 import os
 import shutil
@@ -108,7 +109,7 @@ class Vault:
         path = folder / DATABASE
         exists = path.exists()
         master = _master_key(Path(key_file) if key_file else folder / KEY_FILE, create=not exists)
-        with _explained(path):
+        with _one_opens(folder), _explained(path):
             connection = sqlite3.connect(
                 path, timeout=60, isolation_level=None, check_same_thread=False
             )
@@ -266,6 +267,26 @@ def _master_key(file: Path, *, create: bool) -> bytes:
     if file.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise VaultError(f"the vault's key {file} can be read by others", cure=f"chmod 600 {file}")
     return _checked(file.read_bytes(), str(file))
+
+
+@contextmanager
+def _one_opens(folder: Path) -> Iterator[None]:
+    """Lets one process or thread at a time open the vault.
+
+    While two put a new file into WAL mode together, SQLite refuses one at once instead of waiting.
+    """
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise VaultError(
+            f"cannot open the vault's folder {folder} ({error.strerror})",
+            cure="give a folder that this user may read and write",
+        ) from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _create_key(file: Path) -> None:
