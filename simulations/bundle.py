@@ -7,12 +7,15 @@ the bundle and nothing else.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import tomli_w
+from flwr.cli.build import build_fab_from_disk
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -56,3 +59,9 @@ def assemble(folder: Path) -> Path:
     }
     (folder / "pyproject.toml").write_text(tomli_w.dumps(project))
     return folder
+
+
+def sha256() -> str:
+    """Hash of the packed bundle, hex: the same wherever the same version is installed."""
+    with tempfile.TemporaryDirectory() as folder:
+        return hashlib.sha256(build_fab_from_disk(assemble(Path(folder)))).hexdigest()

@@ -14,6 +14,7 @@ FLOWER_ALLOWED = {
     "common/envelope.py",
     "server/app.py",
     "server/federation.py",
+    "simulations/bundle.py",  # packs it as Flower does, to know its hash
     "simulations/inline.py",  # Flower's messages without its transport
     "simulations/launcher.py",
     "simulations/baselines/fed_xgb.py",  # a baseline that is Flower's own: its tree bagging
