@@ -5,7 +5,7 @@ site.toml  policy.toml   the daemon's configuration and the hospital's policy
 request.json             the enrolment request, public
 state/                   the daemon's: ledger, keys, vault; nobody else reads it
 run/                     the daemon's socket, open to the daemon's group
-relay/                   the relay's: relay.toml, relay.key, relay.crt, ca.crt, node.key, flower/, log
+relay/                   the relay's: relay.toml, keys, certificates, log, flower/
 ```
 Daemon and relay are different users of the operating system; the relay reads nothing outside
 `relay/` and `run/`.
