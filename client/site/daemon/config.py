@@ -38,12 +38,15 @@ class SiteConfig(_Part):
         shard: Folder of its data, read only.
         state: Folder of its ledger, keys, vault, answers and logs. Losing it loses the count of
             what was released: back it up, and give no two sites the same one.
+        roster: File of the roster that all its hospitals signed; studies with anybody else are
+            refused. None leaves the coordinator to say who takes part.
     """
 
     name: Name
     shard: Path
     state: Path
     policy: Policy = Policy()
+    roster: Path | None = None
 
 
 class DaemonConfig(_Part):
@@ -51,6 +54,8 @@ class DaemonConfig(_Part):
 
     Attributes:
         socket: Unix socket, made with mode 0600: whoever runs the relay must be its owner.
+        socket_group: Group of the operating system that may use the socket too (mode 0660): the
+            relay's, when it is another user, as it should be.
         idle_exit_seconds: Ends the daemon after so long without a request; None never does.
         threads: Of torch on the CPU; None leaves torch's default.
         device: `cpu`, `cuda`, `cuda:1` …; None takes the GPU where there is one.
@@ -61,6 +66,7 @@ class DaemonConfig(_Part):
     """
 
     socket: Path
+    socket_group: str | None = None
     sites: tuple[SiteConfig, ...] = Field(min_length=1)
     idle_exit_seconds: float | None = Field(default=None, gt=0)
     threads: int | None = Field(default=None, ge=1)
@@ -119,7 +125,13 @@ class DaemonConfig(_Part):
         except ValidationError as error:
             raise ConfigError(f"{path}: {explain(error)}", cure="see docs/policy.md") from None
         there = tuple(
-            site.model_copy(update={"shard": placed(site.shard), "state": placed(site.state)})
+            site.model_copy(
+                update={
+                    "shard": placed(site.shard),
+                    "state": placed(site.state),
+                    "roster": placed(site.roster) if site.roster else None,
+                }
+            )
             for site in config.sites
         )
         return config.model_copy(update={"socket": placed(config.socket), "sites": there})

@@ -12,6 +12,7 @@ from common.errors import Refusal
 from common.privacy.events import ReleaseEvent
 from common.privacy.policy import Policy
 from common.privacy.pricing import epsilon_by_population
+from common.roster import Roster
 from common.study import Study
 
 _ROUNDING = 1.001  # a study's own calibration rounds its noise to 4 digits
@@ -47,11 +48,13 @@ def demands(
     public_key: str,
     study: Study,
     committed: Mapping[ReleaseEvent, int],
+    roster: Roster | None = None,
 ) -> Iterator[Demand]:
     """The policy on a study, in the order in which the guard asks; touches no data.
 
     Args:
         committed: All that the study released here, and may still release if it is let run.
+        roster: Who may take part, signed by all of them; None where the hospital keeps none.
     """
     named = study.federation.sites.get(site)
     yield Demand(
@@ -61,6 +64,20 @@ def demands(
         f"study '{study.name}' does not name site '{site}' with the key {public_key}",
         "tell the coordinator the site's name and `fedward site key`",
     )
+    if roster is not None:
+        strangers = [
+            name
+            for name, other in study.federation.sites.items()
+            if roster.sites.get(name, "") != other.public_key
+        ]
+        yield Demand(
+            "roster-mismatch",
+            not strangers,
+            "all its sites are on the roster, with the keys that they signed it with",
+            f"study '{study.name}' names sites that are not on roster '{roster.name}' with these "
+            f"keys: {', '.join(strangers)}",
+            "ask for a roster with them, compare the keys, and sign it: `fedward site roster`",
+        )
     yield Demand(
         "study-invalid",
         study.resolved,

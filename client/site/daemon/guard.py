@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -50,8 +50,13 @@ class Guard:
         """For the operator's display, one entry per site; see `hospital.Status`."""
         return [asdict(hospital.status) for hospital in self.hospitals.values()]
 
-    def call(self, packed: bytes) -> bytes:
-        """A packed, signed answer to a packed request. Never raises."""
+    def call(self, packed: bytes, wanted: Callable[[], bool] = lambda: True) -> bytes:
+        """A packed, signed answer to a packed request. Never raises.
+
+        Args:
+            wanted: Whether somebody still waits for the answer. Asked before anything is charged:
+                what nobody would receive is not worth its price.
+        """
         hospital: Hospital | None = None
         request: Request | None = None
         digest = ""
@@ -62,7 +67,7 @@ class Guard:
             if request.kind == "roster":
                 return self._roster(digest)
             hospital = self._addressed(request, signers)
-            packed = self._answer(hospital, request, envelope.arrays)
+            packed = self._answer(hospital, request, envelope.arrays, wanted)
         except Exception as error:
             packed = self._refuse(error, hospital, request, digest)
         if hospital and request and request.kind in CHARGED:
@@ -94,7 +99,9 @@ class Guard:
 
     # -- what is asked ----------------------------------------------------------------------
 
-    def _answer(self, hospital: Hospital, request: Request, arrays: Arrays) -> bytes:
+    def _answer(
+        self, hospital: Hospital, request: Request, arrays: Arrays, wanted: Callable[[], bool]
+    ) -> bytes:
         if request.kind == "prepare":
             return self._prepare(hospital, request)
         if request.kind == "initialise":
@@ -105,7 +112,9 @@ class Guard:
         if stored is not None:
             return stored
         with hospital.bench.lock:
-            return hospital.answers.read(request.digest) or self._release(hospital, request, arrays)
+            return hospital.answers.read(request.digest) or self._release(
+                hospital, request, arrays, wanted
+            )
 
     def _prepare(self, hospital: Hospital, request: Request) -> bytes:
         if request.code_hash not in ("", self._code_hash):
@@ -127,13 +136,18 @@ class Guard:
         body = {**body, "receipt": hospital.ledger.receipt().model_dump(mode="json")}
         return _sealed(hospital, _reply(hospital, request, body))
 
-    def _release(self, hospital: Hospital, request: Request, arrays: Arrays) -> bytes:
+    def _release(
+        self, hospital: Hospital, request: Request, arrays: Arrays, wanted: Callable[[], bool]
+    ) -> bytes:
         """Policy, budget, act: the one path on which patients' data leaves, as a charged answer."""
         prepared = hospital.prepared(request.study_hash)
         hospital.demand(prepared.study)
+        hospital.not_paused()
         work = ready(hospital, prepared, request, arrays)
         try:
             hospital.check_stopping()
+            if not wanted():
+                raise Refusal("request-late", "nobody waits for the answer any more")
             hospital.ledger.charge(
                 prepared.study,
                 hospital.name,

@@ -3,8 +3,9 @@
 State folder: `ledger.jsonl` (with `ledger.head`, `ledger.receipts` and `ledger.torn`, see
 `common.privacy.chain`), `site.key` (identity), `population.key` and `.fraction` (who trains, who
 validates), `erasure.key` (recognises erased patients), `vault/` (encrypted embeddings), `answers/`,
-`witness.json` (receipts of other sites), `exact/` (metrics that stay here), `status.json`,
-`daemon.log` (the full story of every refusal; it may name files and rows, and stays here).
+`witness.json` (receipts of other sites), `paused` (while a person holds releases), `exact/`
+(metrics that stay here), `status.json`, `daemon.log` (the full story of every refusal; it may name
+files and rows, and stays here).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from client.site.daemon.answers import Answers, write_durably
 from client.site.daemon.bench import Bench
 from client.site.daemon.config import SiteConfig
 from client.site.daemon.demands import Demand, demands, enough_patients, model_demands
-from client.site.daemon.state import LEDGER, open_identity
+from client.site.daemon.state import LEDGER, PAUSED, open_identity
 from client.site.encoders.registry import describe, dimensions, fingerprints
 from client.site.encoders.run import EncodeProgress, Populations, encode_site, validates
 from client.site.encoders.vault import Vault
@@ -39,6 +40,7 @@ from common.fingerprint import software_hash
 from common.messages import Arrays, Request
 from common.privacy.ledger import Ledger
 from common.privacy.receipts import Receipt, Receipts
+from common.roster import Roster, RosterError
 from common.study import Study
 
 Phase = Literal["idle", "encoding", "ready", "training", "evaluating"]
@@ -107,6 +109,7 @@ class Hospital:
         self.ledger = Ledger.open(self.state / LEDGER, self.name, self.identity, virtual=simulated)
         self.ledger.settle_software(version("fedward"), software_hash())
         self.ledger.settle_policy(self.policy)
+        self.roster = _roster(config)
         self.witnessed = Receipts(self.state / "witness.json")
         self.answers = Answers(self.state / "answers")
         self.log = _log_file(self.name, self.state / "daemon.log")
@@ -222,8 +225,19 @@ class Hospital:
         """The policy on a study. Raises the refusal of the first condition that is not met."""
         account = self.ledger.book.studies.get(study.hash)
         committed = account.committed if account else {}
-        for found in demands(self.policy, self.name, self.identity.public, study, committed):
+        for found in demands(
+            self.policy, self.name, self.identity.public, study, committed, self.roster
+        ):
             found.insist()
+
+    def not_paused(self) -> None:
+        """Raises the refusal `site-paused` while a person holds releases (`fedward site pause`)."""
+        if (self.state / PAUSED).exists():
+            raise Refusal(
+                "site-paused",
+                f"site '{self.name}' is paused: {self.state / PAUSED} says since when and why",
+                cure="`fedward site unpause` lets it go on",
+            )
 
     def training_patients(self, study: Study) -> int:
         """Training patients here, by the split as it is or, before the first study, would be. The
@@ -368,6 +382,18 @@ class Hospital:
             setattr(self.status, name, value)
         shown = {**asdict(self.status), "at": time.time()}
         write_durably(self.state / "status.json", json.dumps(shown).encode())
+
+
+def _roster(config: SiteConfig) -> Roster | None:
+    if config.roster is None:
+        return None
+    roster = Roster.load(config.roster)
+    if missing := roster.unsigned():
+        raise RosterError(
+            f"roster {config.roster} is not signed by {', '.join(missing)}",
+            cure="get it from the coordinator when all hospitals have signed it",
+        )
+    return roster
 
 
 class _PrivateFile(RotatingFileHandler):

@@ -74,7 +74,14 @@ def review(hospital: Hospital, study: Study, runs: int = 1) -> Review:
     more = account.more(wanted) if account else wanted
     committed = account.committed + more if account else wanted
     found = list(
-        demands(hospital.policy, hospital.name, hospital.identity.public, study, committed)
+        demands(
+            hospital.policy,
+            hospital.name,
+            hospital.identity.public,
+            study,
+            committed,
+            hospital.roster,
+        )
     )
     for demand in found[:2]:  # named here, and resolved: the rest builds on it
         demand.insist()

@@ -10,6 +10,7 @@ import fcntl
 import json
 import logging
 import os
+import shutil
 import signal
 import threading
 import time
@@ -79,7 +80,7 @@ class Daemon:
             self._server.add_insecure_port(f"unix:{path}")
         finally:
             os.umask(before)
-        path.chmod(0o600)
+        _admit(path, self.config.socket_group)
         self._server.start()
         ready = {"pid": os.getpid(), "socket": str(path), "sites": list(self.hospitals)}
         self._ready_file.write_text(json.dumps(ready))
@@ -104,9 +105,9 @@ class Daemon:
         return self.config.socket.with_name(self.config.socket.name + ".ready")
 
     def _handlers(self) -> grpc.GenericRpcHandler:
-        def call(packed: bytes, _: Any) -> bytes:
+        def call(packed: bytes, context: grpc.ServicerContext) -> bytes:
             with self._counted():
-                return self.guard.call(packed)
+                return self.guard.call(packed, context.is_active)
 
         def status(_: bytes, __: Any) -> bytes:
             return json.dumps(self.guard.status()).encode()
@@ -156,6 +157,21 @@ def serve(config: DaemonConfig) -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _admit(socket: Path, group: str | None) -> None:
+    """Opens the socket to its owner, and to the group that is named."""
+    if group is None:
+        socket.chmod(0o600)
+        return
+    try:
+        shutil.chown(socket, group=group)
+    except (LookupError, OSError) as error:
+        raise SocketError(
+            f"cannot give the socket {socket} to group '{group}' ({error})",
+            cure="make the group, and this user a member of it",
+        ) from None
+    socket.chmod(0o660)
 
 
 class _SocketLock:

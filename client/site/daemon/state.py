@@ -8,6 +8,8 @@ from common.errors import PrivacyError
 from common.identity import Identity
 
 LEDGER = "ledger.jsonl"
+PAUSED = "paused"
+"""While this file is there, nothing is charged or released."""
 _KEY = "site.key"
 
 
