@@ -78,10 +78,9 @@ class Roster(BaseModel):
         """
         if other.digest != self.digest:
             raise RosterError("the signature is for another roster", cure="send out the new roster")
-        both = {**self.signatures, **other.signatures}
-        return self.model_copy(
-            update={"signatures": {s: v for s, v in both.items() if self._holds(s, v)}}
-        )
+        both = [*self.signatures.items(), *other.signatures.items()]
+        valid = {site: signature for site, signature in both if self._holds(site, signature)}
+        return self.model_copy(update={"signatures": valid})
 
     def unsigned(self) -> list[str]:
         """Sites without a valid signature."""
@@ -97,7 +96,7 @@ class Roster(BaseModel):
         """Raises `RosterError` where the file is none, or two sites share a key."""
         path = Path(path)
         try:
-            roster = cls.model_validate_json(path.read_text())
+            roster = cls.model_validate_json(path.read_bytes())
         except OSError as error:
             raise RosterError(f"cannot read the roster {path} ({error.strerror})") from None
         except ValidationError as error:

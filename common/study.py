@@ -145,7 +145,7 @@ class LinearStart(Part):
         excursion: How far, of its length, a unit of the trained map moves that input; the smaller,
             the longer the system stays linear.
         body_halvings: How often the gradients of the system's own layers are halved in the clipped
-            vector (and their steps with them).
+            vector (and, with `sgd`, their steps; Adam's have one size whatever the gradient's).
     """
 
     rank: int = Field(default=16, ge=1, le=4096)

@@ -147,6 +147,21 @@ class Admission(Document):
         return self.coordinator
 
 
+class StudySignature(Document):
+    """What lies beside a study file that a coordinator sends out: it means to run this one.
+
+    Attributes:
+        study: Hash of the study, which the person who reviews it compares.
+    """
+
+    kind: ClassVar[str] = "study signature"
+    study: Hash
+    coordinator: Hash
+
+    def signer(self) -> str:
+        return self.coordinator
+
+
 def fingerprint(public: str) -> str:
     """A public key for reading aloud: 8 groups of 4 hex digits of its SHA-256 (128 bits)."""
     digits = hashlib.sha256(bytes.fromhex(public)).hexdigest()[:32]

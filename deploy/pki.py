@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import TypeGuard
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -95,15 +96,21 @@ class Authority:
 
     @classmethod
     def open(cls, folder: Path) -> Authority:
-        """Raises `CertificateError` where `folder` holds none."""
+        """Raises `CertificateError` where `folder` holds none, or halves of two."""
         try:
             key = private_key((folder / "ca.key").read_text())
-            return cls(key, _certificate((folder / "ca.crt").read_text()))
+            certificate = _certificate((folder / "ca.crt").read_text())
         except OSError as error:
             raise CertificateError(
                 f"{folder} holds no certificate authority ({error.strerror})",
                 cure="restore ca.key and ca.crt from the backup",
             ) from None
+        if certificate.public_key() != key.public_key():
+            raise CertificateError(
+                f"ca.key and ca.crt in {folder} do not belong together",
+                cure="restore both from the same backup",
+            )
+        return cls(key, certificate)
 
     @property
     def pem(self) -> str:
@@ -135,7 +142,7 @@ class Authority:
         public = request.public_key()
         if not request.is_signature_valid:
             raise CertificateError("the signing request is not signed by its own key")
-        if not isinstance(public, ec.EllipticCurvePublicKey) or public.key_size != 384:
+        if not _is_p384(public):
             raise CertificateError("the signing request's key is not on the curve P-384")
         return self._issue(public, site, ExtendedKeyUsageOID.CLIENT_AUTH, days, None)
 
@@ -193,7 +200,7 @@ def private_key(pem: str) -> ec.EllipticCurvePrivateKey:
         raise CertificateError(
             "a private key does not parse", cure="restore it from the backup"
         ) from None
-    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.key_size != 384:
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or not _is_p384(key.public_key()):
         raise CertificateError("a private key is not on the curve P-384")
     return key
 
@@ -281,6 +288,11 @@ def _usage(*, authority: bool) -> x509.KeyUsage:
         encipher_only=False,
         decipher_only=False,
     )
+
+
+def _is_p384(key: object) -> TypeGuard[ec.EllipticCurvePublicKey]:
+    """Not merely 384 bits: there are other curves of that size."""
+    return isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP384R1)
 
 
 def _general_name(name: str) -> x509.GeneralName:

@@ -67,6 +67,16 @@ class Start:
                 made_by = (file.metadata() or {}).get("study", "")
         except (OSError, SafetensorError) as error:
             raise StudyError(f"the adapter in {folder} cannot be read: {error}") from None
+        except KeyError as kind:  # safetensors' numpy reader knows no bfloat16, no float8
+            raise StudyError(
+                f"the adapter in {folder} has arrays of type {kind}, and those of a study are F32",
+                cure="give the folder 'adapter' as the run wrote it",
+            ) from None
+        if not (folder / "study.toml").is_file():
+            raise StudyError(
+                f"{folder} lacks the study.toml of the study that made its arrays",
+                cure="take the folder whole, as the run wrote it",
+            )
         study = Study.load(folder / "study.toml")
         if study.hash != made_by:
             raise StudyError(
@@ -93,9 +103,13 @@ class Start:
                 f"{_shapes(self.arrays)}; this study has {_shapes(initial)}",
                 cure="start from a study of the same system, sources and widths",
             )
-        if broken := [name for name in fits if not np.isfinite(self.arrays[name]).all()]:
-            raise StudyError(f"array '{broken[0]}' of the start holds values that are not finite")
-        taken = {name: self.arrays[name].astype(np.float32) for name in fits}
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is told
+            taken = {name: self.arrays[name].astype(np.float32) for name in fits}
+        if broken := [name for name, array in taken.items() if not np.isfinite(array).all()]:
+            raise StudyError(
+                f"array '{broken[0]}' of the start holds values that are not finite in float32",
+                cure="start from another adapter; this one's training diverged",
+            )
         return {**initial, **taken}, fits
 
     def epsilon_with(self, study: Study, site: str) -> dict[str, float | None] | None:

@@ -61,7 +61,12 @@ def assemble(folder: Path) -> Path:
     return folder
 
 
+def packed() -> bytes:
+    """The bundle as Flower ships it."""
+    with tempfile.TemporaryDirectory() as folder:
+        return bytes(build_fab_from_disk(assemble(Path(folder))))
+
+
 def sha256() -> str:
     """Hash of the packed bundle, hex: the same wherever the same version is installed."""
-    with tempfile.TemporaryDirectory() as folder:
-        return hashlib.sha256(build_fab_from_disk(assemble(Path(folder)))).hexdigest()
+    return hashlib.sha256(packed()).hexdigest()

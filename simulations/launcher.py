@@ -14,7 +14,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.error
@@ -30,17 +29,11 @@ from common.errors import FedwardError
 from common.study import Study
 from simulations.bundle import assemble
 from simulations.display import Display
+from simulations.flower import environment, free_port, program
 from simulations.processes import Family
 from simulations.stories import stories, told
 
 _STATUS = "/fedward.Site/Status"
-_QUIET = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
 _TICK_SECONDS = 0.25
 _SUBMISSIONS = 3
 _RAY_TOO_SLOW = "timed out during startup"
@@ -109,12 +102,8 @@ class _Session:
         self.socket = private / "daemon.sock"
         self.neutral = private / "empty"
         self.neutral.mkdir()
-        self.bin = Path(sys.executable).parent
         self.env = {
-            **{k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "FEDWARD_SOCKET")},
-            **_QUIET,
-            "PATH": f"{self.bin}{os.pathsep}{os.environ.get('PATH', '')}",
-            "FLWR_HOME": str(private / "flower"),
+            **environment(private / "flower"),
             "FEDWARD_SOCKET": str(self.socket),
             "RAY_TMPDIR": str(private),
         }
@@ -128,11 +117,11 @@ class _Session:
             (self.logs / f"{log}.log").unlink(missing_ok=True)
         self.display.heading("starting Flower and the hospitals' daemon")
         self.watched["daemon"] = self._start("daemon", self.run.daemon(self.socket))
-        address = f"127.0.0.1:{_free_port()}"
+        address = f"127.0.0.1:{free_port()}"
         self.watched["superlink"] = self._start(
             "superlink",
             [
-                str(self.bin / "flower-superlink"),
+                program("flower-superlink"),
                 "--insecure",
                 "--simulation",
                 "--isolation",
@@ -177,7 +166,7 @@ class _Session:
             f"init-args-num-cpus={nodes} init-args-num-gpus=0"
         )
         return [
-            str(self.bin / "flwr"),
+            program("flwr"),
             "run",
             str(app),
             "local",
@@ -267,7 +256,7 @@ class _Session:
     def _flower_says(self) -> str:
         """Status of the run by `flwr ls`, the only place where Flower tells it."""
         listed = subprocess.run(
-            [str(self.bin / "flwr"), "ls", "local", "--format", "json"],
+            [program("flwr"), "ls", "local", "--format", "json"],
             env=self.env,
             cwd=self.neutral,
             capture_output=True,
@@ -286,12 +275,6 @@ def _read_lines(out: Path) -> list[str]:
     path = out / "rounds.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [line for line in lines if line.endswith("\n")]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _healthy(address: str) -> bool:

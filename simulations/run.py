@@ -123,9 +123,15 @@ def share_state(folder: Path, sites: Path) -> None:
     """Lets the virtual hospitals of the run in `folder` live in `sites`, as earlier runs left them.
 
     Raises:
-        FedwardError: The run has their state already, somewhere else.
+        FedwardError: The run has their state already, somewhere else; or `sites` lies within the
+            run, and would be gone with it.
     """
     sites = sites.expanduser().absolute()
+    if sites != folder / "sites" and sites.resolve().is_relative_to(folder.resolve()):
+        raise FedwardError(
+            f"{sites} lies in the folder of this run, and --overwrite would delete it with the run",
+            cure="keep the hospitals' state in a folder of its own, outside --out",
+        )
     sites.mkdir(parents=True, exist_ok=True)
     link = folder / "sites"
     if not link.exists():

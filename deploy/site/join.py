@@ -97,6 +97,7 @@ async def _run(relay: RelayFolder, config: RelayConfig) -> None:
                 ssl_keyfile=str(key),
                 ssl_certfile=str(certificate),
                 log_config=None,
+                lifespan="off",
                 access_log=False,
                 timeout_graceful_shutdown=2,
             )

@@ -253,8 +253,7 @@ def study_of(base: Study, cell: Cell, sites: Mapping[str, int]) -> Study:
             cure="that is the table's column: use the suite's or the arm's 'privacy'",
         )
     raw = merged(base.model_dump(mode="json"), over)
-    if cell.epsilon is not None:
-        raw["privacy"]["mode"] = "local"
+    raw["privacy"]["mode"] = "none" if cell.epsilon is None else "local"
     own = _sources(cell.row.arm, base)
     raw["sources"] = {name: raw["sources"][name] for name in base.sources if name in own}
     raw["federation"]["sites"] = {n: {"patients_declared": count} for n, count in sites.items()}

@@ -130,6 +130,45 @@ def test_a_kernel_that_rounds_one_position_otherwise_is_found(slot: int) -> None
     Trainer(model, loss, lab_data(), PLAN, OptimizerConfig(), Entropy(), PerformanceFlags(1))
 
 
+@pytest.mark.parametrize("slot", range(8))
+def test_a_kernel_that_differs_for_few_values_is_found(slot: int) -> None:
+    """A vectorised sigmoid and the scalar one of a tensor's last elements agree on most."""
+    model = nn.ModuleDict({"one": nn.Linear(4, 4)})
+
+    def loss(m: Any, x: Any, p: Any, y: Any) -> Any:
+        values = m["one"](x["lab"]).square().sum((1, 2))
+        few = (torch.frexp(values.detach())[0] * 64 + 0.4) % 1 < 0.3
+        return values * (1 + 1e-6 * (few & (torch.arange(len(y)) == slot)))
+
+    with pytest.raises(BatchDependent, match="neighbours"):
+        Trainer(model, loss, lab_data(), PLAN, OptimizerConfig(), Entropy(), PerformanceFlags(8))
+
+
+def test_a_study_cannot_hide_what_kernels_do_behind_a_saturated_loss() -> None:
+    """Where no gradient flows at random adapters, equal bits are zeros; a coordinator could then
+    send one for which it flows."""
+    model = nn.ModuleDict({"one": nn.Linear(4, 4)})
+
+    def at_one_slot(values: Any) -> Any:
+        return values * (1 + 1e-6 * (torch.arange(len(values)) == 1))
+
+    def saturated_unless_small(m: Any, x: Any, p: Any, y: Any) -> Any:
+        return at_one_slot(m["one"](x["lab"]).square().sum((1, 2))).clamp(max=1e-4)
+
+    def without_negatives(m: Any, x: Any, p: Any, y: Any) -> Any:
+        return m["one"](x["lab"]).square().sum((1, 2)) * y[:, 0]
+
+    def never(m: Any, x: Any, p: Any, y: Any) -> Any:
+        return at_one_slot(m["one"](x["lab"]).square().sum((1, 2))) * 0
+
+    for loss in (saturated_unless_small, without_negatives, never):
+        with pytest.raises(BatchDependent, match="neighbours"):
+            Trainer(
+                model, loss, lab_data(), PLAN, OptimizerConfig(), Entropy(), PerformanceFlags(4)
+            )
+        Trainer(model, loss, lab_data(), PLAN, OptimizerConfig(), Entropy(), PerformanceFlags(1))
+
+
 def test_a_saturated_adapter_cannot_hide_that_rows_mix() -> None:
     """Behind a dead rectifier no gradient of random rows shows the contrast across the batch; a
     coordinator could send such an adapter that is alive for real patients."""

@@ -118,9 +118,10 @@ def test_what_does_not_fit_keeps_the_seeds_value(world: Any) -> None:
     with pytest.raises(StudyError) as told:
         start.over({"head": np.zeros(7, np.float32)})
     assert "bias [2], projectors.age.weight [4, 3]; this study has head [7]" in str(told.value)
-    start.arrays["bias"] = np.array([np.nan, 1], np.float32)
-    with pytest.raises(StudyError, match="'bias' of the start holds values that are not finite"):
-        start.over(initial)
+    for bad in (np.array([np.nan, 1], np.float32), np.array([1e300, 1])):  # the latter in float32
+        start.arrays["bias"] = bad
+        with pytest.raises(StudyError, match="'bias' of the start holds values that are not finit"):
+            start.over(initial)
 
 
 def test_another_adapter_than_the_named_one_is_refused(world: Any) -> None:
@@ -155,6 +156,19 @@ def test_damaged_arrays(world: Any, damage: str) -> None:
         path.write_bytes(content)
     with pytest.raises(StudyError, match=r"cannot be read|but .* holds adapter|holds no published"):
         started(study, world.folder / "first")
+
+
+def test_what_no_run_wrote_is_named(world: Any) -> None:
+    run(world, "first")
+    adapter = world.folder / "first" / "adapter"
+    (adapter / "study.toml").unlink()
+    with pytest.raises(StudyError, match=r"lacks the study.toml[\s\S]*take the folder whole"):
+        Start.read(adapter)
+    header = b'{"bias":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]}}'
+    content = len(header).to_bytes(8, "little") + header + bytes(4)
+    (adapter / "projectors.safetensors").write_bytes(content)
+    with pytest.raises(StudyError, match=r"arrays of type 'BF16'[\s\S]*as the run wrote it"):
+        Start.read(adapter)
 
 
 def test_epsilon_of_both_is_composed_by_population(private: Any) -> None:

@@ -165,3 +165,11 @@ def test_state_that_lies_elsewhere_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "own" / "sites").mkdir(parents=True)
     with pytest.raises(FedwardError, match="keep their state in"):
         share_state(tmp_path / "own", tmp_path / "a")
+
+
+def test_state_is_not_kept_within_the_run_that_may_be_replaced(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    for inside in ("out", "out/kept"):
+        with pytest.raises(FedwardError, match=r"--overwrite would delete it[\s\S]*outside --out"):
+            share_state(tmp_path / "out", tmp_path / inside)
+    share_state(tmp_path / "out", tmp_path / "out" / "sites")  # where it is anyway

@@ -6,9 +6,12 @@ kernels moved another patient's gradient by up to 0.9 % when the shape changed: 
 Micro-batches have one fixed shape, which leaves position and neighbours; both are tried here with
 random rows, which are public, before the first step. The adapter is a random one meanwhile: one
 that starts from zero, or that a coordinator has saturated on purpose, may hide that rows mix. Which
-kernel runs, and in which order it adds, depends on shapes and not on values: equal bits here are
-equal bits at every adapter. Where bits differ, how far they do depends on the adapter: there it is
-measured at the received one too, which is evidence, not a proof.
+kernel runs, and in which order it adds, depends on shapes and not on values. Whether two kernels
+give the same bits does depend on values: a vectorised sigmoid and the scalar one of the last
+elements of a tensor agree on most. So many values are tried, at adapters of several sizes, for a
+study can saturate its loss at one of them; rows without a gradient prove nothing and count as
+different. Where bits differ, how far they do depends on the adapter: there it is measured at the
+received one too, which is evidence, not a proof.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ Score = Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor]
 _Flows = list[tuple[Tensor, Tensor]]
 _Rows = tuple[dict[str, Tensor], dict[str, Tensor], Tensor]
 
-_SPREAD = 0.05  # standard deviation of the trainable parameters meanwhile
+_SPREADS = (0.05, 5e-3, 5e-4)  # standard deviations of the trainable parameters meanwhile
 
 
 def row_deviation(
@@ -49,8 +52,9 @@ def row_deviation(
     device: torch.device,
 ) -> float:
     """Largest change, in units of C, of a patient's clipped gradient when the micro-batch is
-    shuffled and half of the other patients are replaced, or when copies of one patient fill every
-    slot; 0.0 if equal bit for bit.
+    turned, when it is shuffled and half of the other patients are replaced, or when copies of one
+    patient fill every slot; 0.0 if equal bit for bit, infinite if some patient has no gradient at
+    any random adapter, so that nothing can be said.
 
     Args:
         model: Its trainable parameters are replaced meanwhile, and restored.
@@ -65,11 +69,16 @@ def row_deviation(
     """
     generator = torch.Generator().manual_seed(20)
     buffers = {name: value.clone() for name, value in model.named_buffers()}
-    with _random_adapter(list(clipper.sums), generator):
-        deviation = _deviation(clipper, loss, like, micro_batch, device, generator)
+    deviation, heard = 0.0, micro_batch == 1  # alone in its pass, a patient has no neighbours
+    for spread in _SPREADS:
+        with _random_adapter(list(clipper.sums), generator, spread):
+            found, every = _deviation(clipper, loss, like, micro_batch, device, generator)
+        deviation, heard = max(deviation, found), heard or every
     if deviation:
-        received = _deviation(clipper, loss, like, micro_batch, device, generator)
+        received, _ = _deviation(clipper, loss, like, micro_batch, device, generator)
         deviation = max(deviation, received)
+    if not heard:
+        deviation = math.inf
     for name, value in model.named_buffers():
         if name not in buffers or not torch.equal(value, buffers[name]):
             raise PrivacyError(
@@ -87,7 +96,8 @@ def _deviation(
     micro_batch: int,
     device: torch.device,
     generator: torch.Generator,
-) -> float:
+) -> tuple[float, bool]:
+    """The change at the present adapter, and whether every patient has a gradient there."""
     k = clipper.rows_per_patient
     rows = _random_rows(like, micro_batch * k, generator)
     for mask in rows[1].values():
@@ -115,15 +125,20 @@ def _deviation(
             )
 
     first = flows(rows, everyone)
+    loud_P = torch.stack([g.reshape(micro_batch, -1).any(1) for _, g in first]).any(0)
     shuffled = _map(rows, lambda x: x[moved])
     for mine, new in zip(_tensors(shuffled), _tensors(others), strict=True):
         mine[kept * k :] = new[kept * k :]
     slots, nobody = torch.arange(micro_batch), torch.zeros(micro_batch, dtype=torch.long)
     copies = _map(rows, lambda x: x[_rows_of(nobody, k)])
-    return max(
+    there = slots.roll(micro_batch // 2)
+    turned = _map(rows, lambda x: x[_rows_of(there, k)])
+    deviation = max(
         _difference(clipper, first, flows(shuffled, everyone), order[:kept], slots[:kept]),
         _difference(clipper, first, flows(copies, everyone), nobody, slots),
+        _difference(clipper, first, flows(turned, everyone), there, slots),
     )
+    return deviation, bool(loud_P.all())
 
 
 def _difference(
@@ -186,7 +201,7 @@ def scores_stand_alone(
         mine[kept:] = new[kept:]
     copies = _map(batch, lambda x: x[:1].expand_as(x).contiguous())
     trainable = [p for p in model.parameters() if p.requires_grad]
-    with _random_adapter(trainable, generator):
+    with _random_adapter(trainable, generator, _SPREADS[0]):
         first, second, third = (
             score(*_map(some, lambda x: x.to(device))[:2]) for some in (batch, shuffled, copies)
         )
@@ -196,12 +211,14 @@ def scores_stand_alone(
 
 
 @contextmanager
-def _random_adapter(parameters: list[nn.Parameter], generator: torch.Generator) -> Iterator[None]:
+def _random_adapter(
+    parameters: list[nn.Parameter], generator: torch.Generator, spread: float
+) -> Iterator[None]:
     kept = [p.detach().clone() for p in parameters]
     try:
         with torch.no_grad():
             for p in parameters:
-                p.copy_(_SPREAD * torch.randn(p.shape, generator=generator))
+                p.copy_(spread * torch.randn(p.shape, generator=generator))
         yield
     finally:
         with torch.no_grad():
@@ -210,19 +227,25 @@ def _random_adapter(parameters: list[nn.Parameter], generator: torch.Generator) 
 
 
 def _random_rows(like: Dataset, rows: int, generator: torch.Generator) -> _Rows:
+    """Rows that have a source each and know all their labels: others may have no gradient."""
+
     def shape(x: Tensor) -> tuple[int, ...]:
         return (rows, *x.shape[1:])
 
+    present = {
+        source: torch.rand(shape(m), generator=generator) < 0.7
+        for source, m in like.present.items()
+    }
+    empty = ~torch.stack([mask.any(1) for mask in present.values()]).any(0)
+    for mask in present.values():
+        mask[empty] = True
     return (
         {
             source: torch.randn(shape(x), generator=generator).to(x.dtype)
             for source, x in like.inputs.items()
         },
-        {
-            source: torch.rand(shape(m), generator=generator) < 0.7
-            for source, m in like.present.items()
-        },
-        torch.randint(-1, 2, shape(like.labels), generator=generator).to(like.labels.dtype),
+        present,
+        torch.randint(0, 2, shape(like.labels), generator=generator).to(like.labels.dtype),
     )
 
 

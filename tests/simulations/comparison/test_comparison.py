@@ -295,3 +295,34 @@ def test_ready_suites_fit_their_studies() -> None:
         study = Study.load(chosen.study)
         for cell in cells(chosen, study):
             study_of(study, cell, {"somewhere": 100})
+
+
+def test_contrast_within_the_batch_trains_in_the_column_without_privacy_alone() -> None:
+    """Of a study under privacy too; no column, sweep or preset lets it in under ε."""
+    model = {"system": "adacomed", "adacomed": {"negatives": "batch", "preset": "mortality"}}
+    arms = {
+        "batch": {"study": {"model": model}},
+        "plain": {"study": {"model": {"system": "adacomed"}}},
+    }
+    sweep = {"arm": "plain", "key": "model.adacomed.negatives", "values": ["batch"]}
+    chosen = Suite.model_validate(
+        {
+            "name": "x",
+            "study": "demo",
+            "privacy": ["none", 8.0],
+            "arms": arms,
+            "sweeps": {"n": sweep},
+        }
+    )
+    study, seen = Study.load("demo"), 0
+    assert study.privacy.mode == "local"
+    for cell in cells(chosen, study):
+        if cell.row.name == "plain":
+            continue
+        seen += 1
+        if cell.privacy == "none":
+            assert study_of(study, cell, {"somewhere": 100}).privacy.mode == "none"
+        else:
+            with pytest.raises(StudyError, match="negatives = 'batch' puts every patient into"):
+                study_of(study, cell, {"somewhere": 100})
+    assert seen == 4

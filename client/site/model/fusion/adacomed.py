@@ -182,10 +182,12 @@ class AdaCoMed(RiskModel):
         self.projection = mlp(width, options.shared_width, options.shared_width, layers=layers)
         self.head = nn.Linear(options.shared_width, tasks)
         for module in self.modules():
-            # Random biases outweigh the record in z: every similarity would start near 1, where the
-            # weights tell no records apart (Figure 6 starts low), and a record without any source
-            # would be given a risk.
+            # He et al. 2015: torch's own weights shrink what passes each of the small model's six
+            # layers, until the first step's biases outweigh every record. Random biases outweigh
+            # it from the start: every similarity would be near 1, where the weights tell no records
+            # apart (Figure 6 starts low), and a record without any source would be given a risk.
             if isinstance(module, nn.Linear):
+                nn.init.kaiming_uniform_(module.weight, nonlinearity="relu")
                 nn.init.zeros_(module.bias)
         if options.form == "adaptive":
             read = [source for group in small for source in group]
@@ -245,11 +247,15 @@ class AdaCoMed(RiskModel):
         """Both pathways, their similarity and their weights (form `adaptive` alone), of each record
         by itself."""
         z_BPd, y_BPK, here_BP = self.represent(inputs, present)
+        large_Bd, small_Bd = z_BPd.unbind(dim=1)
         negatives_Nd = self.negatives().to(z_BPd.dtype)
+        if self.options.negatives == "records":
+            # Own or public, the small model's vectors move together: a gradient through the
+            # record's own alone would flee negatives that follow, for ever and at any cost to
+            # eq. (7). So all of them are constants, as the keys of MoCo (He et al. 2020).
+            small_Bd = small_Bd.detach()
         with torch.autocast(z_BPd.device.type, enabled=False):  # tau magnifies what it rounds
-            log_s_B = log_similarity(
-                z_BPd[:, 0], z_BPd[:, 1], negatives_Nd, self.options.temperature
-            )
+            log_s_B = log_similarity(large_Bd, small_Bd, negatives_Nd, self.options.temperature)
         return self._weighed(y_BPK, log_s_B, here_BP)
 
     def _weighed(self, y_BPK: Tensor, log_s_B: Tensor, here_BP: Tensor) -> Collaboration:
