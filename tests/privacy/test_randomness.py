@@ -11,11 +11,12 @@ from torch import nn
 
 from client.site.encoders.dataset import Dataset
 from client.site.training.clipping import PatientClipper
-from client.site.training.entropy import Entropy, Keystream
+from client.site.training.entropy import BLOCK, Entropy, Keystream
 from client.site.training.optimizer import NoisedSumOptimizer, base_optimizer
 from client.site.training.plan import DPExecutionPlan, OptimizerConfig, PerformanceFlags
 from client.site.training.sampler import PatientSampler
 from client.site.training.trainer import Trainer
+from common.errors import PrivacyError
 
 
 def patients_with(counts: list[int]) -> list[np.ndarray]:
@@ -91,6 +92,16 @@ def test_gaussians_are_standard_normal_with_tails():
     # The two outputs of a pair, and neighbours, are uncorrelated.
     for shift in (1, 32768):
         assert abs(float((out[shift:] * out[:-shift]).mean())) < 5 / math.sqrt(n)
+
+
+def test_parts_of_one_block_get_the_numbers_of_the_whole():
+    whole, parts = (torch.zeros(2 * BLOCK + 7, dtype=torch.float64) for _ in range(2))
+    Keystream(bytes(32)).add_gaussians_(whole, 2.0)
+    stream = Keystream(bytes(32))
+    for part in parts.split(BLOCK):
+        stream.add_gaussians_(part, 2.0)
+    assert torch.equal(whole, parts)
+    assert len(whole.unique()) == len(whole)  # no block repeats another
 
 
 def test_the_tail_has_more_radii_than_the_grid_can_tell_apart():
@@ -174,6 +185,14 @@ def test_injected_noise_has_the_charged_deviation():
     assert optimizer.steps_counted == 5
     with pytest.raises(ValueError, match="cleared"):
         optimizer.step()  # without zero_grad: a second release of the same sum
+
+
+def test_parameters_of_several_precisions_are_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4).double())
+    plan = DPExecutionPlan(0.5, 1, 10, 20, max_grad_norm=0.3, noise_multiplier=1.7)
+    base = base_optimizer(OptimizerConfig("sgd", 0.1), list(model.parameters()))
+    with pytest.raises(PrivacyError, match="several precisions"):
+        NoisedSumOptimizer(base, plan, PatientClipper(model, 0.3, 1), Entropy())
 
 
 def trained(seed: int, entropy: Entropy, **plan) -> torch.Tensor:

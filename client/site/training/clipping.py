@@ -35,12 +35,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from client.site.training.layers import CoveredLayer, covered_layers
+from client.site.training.layers import CoveredLayer, covered_layers, total_bound
 from common.errors import PrivacyError
 
 _KAPPA = 2.0**-10
 _MARGIN = 1 + 2.0**-30
 _UNIT = 2.0**-53
+_SMALL = 1 << 18  # elements of a layer's tokens that are kept in float64: 2 MiB
+
+_Flow = tuple[Tensor, Tensor]  # a layer's input and output gradient, [rows, ..., d]
 
 
 @dataclass
@@ -77,6 +80,7 @@ class PatientClipper:
         self.tokens_per_patient = 0
         self.total = _one_vector(self.layers)
         self._captures: dict[str, list[_Capture]] = {}
+        self._converted: dict[str, tuple[_Flow, tuple[Tensor, ...]]] = {}
         self._recording = False
         halvings: Callable[[str], int] = getattr(model, "halvings", lambda layer: 0)
         self._shares = {layer.name: 2.0 ** -halvings(layer.name) for layer in self.layers}
@@ -94,18 +98,18 @@ class PatientClipper:
     def sums(self) -> dict[nn.Parameter, Tensor]:
         """parameter -> float64 clipped sum of the step so far, of the parameter's shape."""
         return {
-            layer.module.get_parameter(key): value
+            p: layer.sums[key]
             for layer in self.layers
-            for key, value in layer.sums.items()
+            for key, p in layer.trainable(layer.module).items()
         }
 
     @property
     def shares(self) -> dict[nn.Parameter, float]:
         """parameter -> what its gradient was multiplied by before clipping, a power of two."""
         return {
-            layer.module.get_parameter(key): self._shares[layer.name]
+            p: self._shares[layer.name]
             for layer in self.layers
-            for key in layer.sums
+            for p in layer.trainable(layer.module).values()
         }
 
     def begin(self) -> None:
@@ -116,6 +120,7 @@ class PatientClipper:
     def capture(self) -> Iterator[None]:
         """Record the layers' inputs and outputs of one forward pass."""
         self._captures.clear()
+        self._converted.clear()
         self._recording = True
         try:
             yield
@@ -135,15 +140,16 @@ class PatientClipper:
         """
         patients = len(valid)
         flows = self.backward(loss, patients * self.rows_per_patient)
-        factors = self.clip_factors(flows, valid.to(loss.device))
-        kept = (factors > 0)[:, None, None]
+        factors = self.clip_factors(flows, valid.to(loss.device))[:, None, None]
+        kept = factors > 0
         every = bool(kept.all())
         for layer, flow in zip(self.layers, flows, strict=True):
-            x, g = layer.tokens(*flow, patients)
+            x, g = self._tokens(layer, flow, patients)
             if not every:  # 0 · NaN is NaN: dropped patients must be absent, not scaled to zero
                 x = x.where(kept, 0.0) if x.is_floating_point() else x
                 g = g.where(kept, 0.0)
-            layer.accumulate(x, g * factors[:, None, None])
+            layer.accumulate(x, g * factors)
+        self._converted.clear()
 
     def rounding_slack(self, patients: int, micro_batch: int) -> float:
         """The slack of the claim, in units of C, for a site of `patients` patients.
@@ -166,7 +172,7 @@ class PatientClipper:
 
         return record
 
-    def backward(self, loss: Tensor, rows: int) -> list[tuple[Tensor, Tensor]]:
+    def backward(self, loss: Tensor, rows: int) -> list[_Flow]:
         """Input and output gradient of each layer, [rows, ..., d], by one backward pass, the latter
         times the layer's share. Uses of a layer that ran several times stand beside each other, as
         more tokens of the row: its gradient is the sum over all of them."""
@@ -185,17 +191,28 @@ class PatientClipper:
             flows.append((xs[0], gs[0]) if len(xs) == 1 else layer.beside(xs, gs))
         return flows
 
-    def clip_factors(self, flows: list[tuple[Tensor, Tensor]], valid: Tensor) -> Tensor:
+    def clip_factors(self, flows: list[_Flow], valid: Tensor) -> Tensor:
         """[P] float64 factors c of the claim; 0 for patients that are not valid or not finite."""
-        of_layers = []
-        for layer, flow in zip(self.layers, flows, strict=True):
-            x, g = layer.tokens(*flow, len(valid))
-            self.tokens_per_patient = max(self.tokens_per_patient, g.shape[1])
-            of_layers.append(torch.stack(layer.bound(x, g)))
-        squared, mass = torch.stack(of_layers).sum(0)
+        tokens = (
+            self._tokens(layer, flow, len(valid))
+            for layer, flow in zip(self.layers, flows, strict=True)
+        )
+        squared, mass = total_bound(self.layers, tokens)
         divisor = torch.maximum(squared.sqrt() * _MARGIN, mass.sqrt() * (_KAPPA * _MARGIN))
         factors = (self.max_grad_norm / divisor).clamp(max=1.0)
         return torch.where(valid & torch.isfinite(divisor), factors, 0.0)
+
+    def _tokens(self, layer: CoveredLayer, flow: _Flow, patients: int) -> tuple[Tensor, ...]:
+        """`layer.tokens`, which norm and sum both need: small ones, of which there are many, are
+        kept in between, large ones would hold too much memory."""
+        seen = self._converted.get(layer.name)
+        if seen is not None and seen[0] is flow and len(seen[1][1]) == patients:
+            return seen[1]
+        tokens = layer.tokens(*flow, patients)
+        self.tokens_per_patient = max(self.tokens_per_patient, tokens[1].shape[1])
+        if tokens[0].numel() + tokens[1].numel() <= _SMALL:
+            self._converted[layer.name] = flow, tokens
+        return tokens
 
     def _checked(self, layer: CoveredLayer, rows: int) -> list[_Capture]:
         captures = self._captures.get(layer.name)

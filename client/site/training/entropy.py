@@ -19,6 +19,7 @@ from torch import Tensor
 
 _RARE = 2.0**32  # in units of 2^-53: uniforms of 2^-21 and less
 _PAIRS = 1 << 15  # Gaussian pairs made at a time: every buffer stays in the cache
+BLOCK = 2 * _PAIRS  # Parts of this length get the numbers that the whole would get
 
 
 class Keystream:
@@ -30,9 +31,11 @@ class Keystream:
 
     def __init__(self, key: bytes) -> None:
         self._cipher = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor()
-        self._zeros = bytes(16 * _PAIRS)
+        self._zeros = bytes(8 * BLOCK)
         # Some releases of `cryptography` ask for a spare block behind the output.
-        self._bytes = np.empty(16 * _PAIRS + 16, dtype=np.uint8)
+        self._bytes = np.empty(8 * BLOCK + 16, dtype=np.uint8)
+        self._words = torch.empty(BLOCK, dtype=torch.float64)
+        self._sines = torch.empty(_PAIRS, dtype=torch.float64)
 
     def _integers(self, count: int) -> Tensor:
         """[count] int64, uniform on [-2^52, 2^52); a view that the next draw overwrites."""
@@ -43,8 +46,8 @@ class Keystream:
     def uniforms(self, count: int) -> np.ndarray:
         """[count] float64, the multiples of 2^-53 in (0, 1]."""
         out = np.empty(count)
-        for start in range(0, count, 2 * _PAIRS):
-            some = min(2 * _PAIRS, count - start)
+        for start in range(0, count, BLOCK):
+            some = min(BLOCK, count - start)
             out[start : start + some] = self._integers(some).numpy()
         out += 2.0**52 + 1
         out *= 2.0**-53
@@ -59,17 +62,16 @@ class Keystream:
         delta). Those below 2^-21 therefore get 53 bits more: the tail ends at 12.1 std.
         """
         flat = out.view(-1)
-        for start in range(0, flat.numel(), 2 * _PAIRS):
-            some = flat[start : start + 2 * _PAIRS]
+        for some in flat.split(BLOCK):
             pairs = (some.numel() + 1) // 2
-            words = self._integers(2 * pairs).to(torch.float64)
+            words = self._words[: 2 * pairs].copy_(self._integers(2 * pairs))
             radius = words[:pairs].add_(2.0**52 + 1)
-            if radius.min() <= _RARE:
+            if radius.numpy().min() <= _RARE:  # a third of the time of torch's
                 low = (radius <= _RARE).nonzero()[:, 0]
                 radius[low] += torch.from_numpy(self.uniforms(len(low))) - 1
             radius.mul_(2.0**-53).log_().mul_(-2.0).sqrt_().mul_(std)
             angle = words[pairs:].mul_(math.pi * 2.0**-52)
-            sine = angle.sin().mul_(radius)
+            sine = torch.sin(angle, out=self._sines[:pairs]).mul_(radius)
             cosine = angle.cos_().mul_(radius)
             some[:pairs].add_(cosine.to(out.device))
             some[pairs:].add_(sine[: some.numel() - pairs].to(out.device))

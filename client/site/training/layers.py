@@ -12,6 +12,7 @@ square of the mass m = Σ_t ‖x_t‖·‖g_t‖, on which all rounding errors d
   sum of n² products by γ_{n²}, all by at most γ_{d_x + d_g + n² + 2} · Σ_{s,t} ‖x_s‖‖x_t‖‖g_s‖‖g_t‖
   = γ · m². In float32 this term is 10^9 times larger, and it is all that remains where an adapter
   makes a patient's near-identical records cancel: 15 to 1,290·C were released (measured).
+* One token: ‖G‖ = m cannot cancel; the computed m² errs by at most γ_{d_x + 2·d_g + 8} · m².
 * Materialised: the computed Ĝ errs by at most γ_n · m in Frobenius norm (Higham, eq. 3.13).
 * Weight norm: a fixed linear map of the gradient of W; see `WeightNormLayer`.
 
@@ -64,7 +65,8 @@ class CoveredLayer:
     @classmethod
     def trainable(cls, module: nn.Module) -> dict[str, nn.Parameter]:
         """What the layer trains, by the path from the layer."""
-        return {k: p for k, p in module.named_parameters(recurse=False) if p.requires_grad}
+        own = module._parameters.items()
+        return {key: p for key, p in own if p is not None and p.requires_grad}
 
     @classmethod
     def reason_against(cls, module: Any) -> str | None:
@@ -74,7 +76,8 @@ class CoveredLayer:
     def tokens(
         self, captured: Tensor, output_gradient: Tensor, patients: int
     ) -> tuple[Tensor, ...]:
-        """Features and output gradients as [patients, n, d] float64, n tokens per patient."""
+        """Features and output gradients, both detached, as [patients, n, d] float64, n tokens per
+        patient."""
         raise NotImplementedError
 
     def beside(self, xs: Sequence[Tensor], gs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -95,12 +98,17 @@ class CoveredLayer:
         """([P] upper bound of ‖G‖², [P] m²); non-finite where any input of the patient is."""
         raise NotImplementedError
 
+    def one_token(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor, float] | None:
+        """(a [P, 1], b [P, 1], bias) of ‖G‖² = m² = (a² + bias)·b² where each patient has but one
+        token, which cannot cancel; None if this kind of layer needs `bound` all the same."""
+        return None
+
     def accumulate(self, x: Tensor, g: Tensor) -> None:
         """Add Σ_t g_t x_tᵀ over all patients, their g already scaled by the clip factors."""
         raise NotImplementedError
 
     def _grouped(self, values: Tensor, patients: int, features: int) -> Tensor:
-        return values.detach().reshape(patients, -1, features).to(torch.float64)
+        return values.reshape(patients, -1, features).double()
 
 
 class LinearLayer(CoveredLayer):
@@ -119,7 +127,7 @@ class LinearLayer(CoveredLayer):
     def bound(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         n, d_x, d_g = x.shape[1], x.shape[2], g.shape[2]
         weight, bias = float("weight" in self.sums), float("bias" in self.sums)
-        if n > 1 and n * (d_x + d_g) <= d_x * d_g:
+        if n * (d_x + d_g) <= d_x * d_g:
             gamma = 2 * (d_x + d_g + n * n + 16) * _UNIT
             parts = []
             for xs, gs in _chunks(x, g, n * n):
@@ -130,10 +138,7 @@ class LinearLayer(CoveredLayer):
             squared, mass2 = (torch.cat(part) for part in zip(*parts, strict=True))
             return squared.clamp_(min=0).add_(mass2, alpha=gamma), mass2
         lengths = torch.linalg.vector_norm(x, dim=2).square_().mul_(weight).add_(bias)
-        lengths = lengths.mul_(torch.linalg.vector_norm(g, dim=2).square_())
-        if n == 1:  # one token cannot cancel: ‖G‖ = m
-            return lengths[:, 0] * (1 + 4 * (d_x + d_g + 8) * _UNIT), lengths[:, 0]
-        mass = lengths.sqrt_().sum(1)
+        mass = lengths.mul_(torch.linalg.vector_norm(g, dim=2).square_()).sqrt_().sum(1)
         gamma = 2 * (n + d_x * d_g + 16) * _UNIT
         norm = torch.cat(
             [
@@ -145,6 +150,12 @@ class LinearLayer(CoveredLayer):
             ]
         )
         return (norm * (1 + gamma) + gamma * mass).square(), mass.square()
+
+    def one_token(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor, float] | None:
+        if "weight" not in self.sums:
+            return None
+        a, b = torch.linalg.vector_norm(x, dim=2), torch.linalg.vector_norm(g, dim=2)
+        return a, b, float("bias" in self.sums)
 
     def accumulate(self, x: Tensor, g: Tensor) -> None:
         g = g.flatten(0, 1)
@@ -223,6 +234,9 @@ class WeightNormLayer(LinearLayer):
             squared += g.sum(1).square().sum(1)
         return squared.clamp(min=0) + gamma * mass.square(), mass.square()
 
+    def one_token(self, x: Tensor, g: Tensor) -> None:
+        return None
+
     def accumulate(self, x: Tensor, g: Tensor) -> None:
         g = g.flatten(0, 1)
         # Not finite: all g are zero then, and must stay so.
@@ -263,10 +277,18 @@ class NormLayer(CoveredLayer):
 
     def bound(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         gamma = 2 * (x.shape[1] + x.shape[2] + 16) * _UNIT
-        terms = torch.cat([x * g, g], dim=2) if "bias" in self.sums else x * g
+        terms = self._terms(x, g)
         mass = torch.linalg.vector_norm(terms, dim=2).sum(1)
         norm = torch.linalg.vector_norm(terms.sum(1), dim=1)
         return (norm * (1 + gamma) + gamma * mass).square(), mass.square()
+
+    def one_token(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor, float]:
+        length = torch.linalg.vector_norm(self._terms(x, g), dim=2)
+        return torch.zeros_like(length), length, 1.0
+
+    def _terms(self, x: Tensor, g: Tensor) -> Tensor:
+        """What a token adds to the gradients of w and b, side by side."""
+        return torch.cat([x * g, g], dim=2) if "bias" in self.sums else x * g
 
     def accumulate(self, x: Tensor, g: Tensor) -> None:
         shape = self.module.normalized_shape
@@ -321,6 +343,10 @@ class EmbeddingLayer(CoveredLayer):
         )
         return squared.clamp(min=0) + gamma * mass.square(), mass.square()
 
+    def one_token(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor, float]:
+        length = torch.linalg.vector_norm(g, dim=2)
+        return torch.zeros_like(length), length, 1.0
+
     def accumulate(self, x: Tensor, g: Tensor) -> None:
         self.sums["weight"].index_add_(0, x.flatten(), g.flatten(0, 1))
 
@@ -347,8 +373,42 @@ def covered_layers(model: nn.Module) -> list[CoveredLayer]:
     return layers
 
 
+def total_bound(
+    layers: Sequence[CoveredLayer], tokens: Iterable[tuple[Tensor, ...]]
+) -> tuple[Tensor, Tensor]:
+    """Σ over the layers of both parts of `bound`.
+
+    Layers of one token per patient, of which a model may have dozens, go together: what they cost
+    is calls.
+    """
+    lengths: list[Tensor] = []
+    constants: list[tuple[float, float]] = []
+    others: list[Tensor] = []
+    for layer, (x, g) in zip(layers, tokens, strict=True):
+        lone = layer.one_token(x, g) if g.shape[1] == 1 else None
+        if lone is None:
+            others += layer.bound(x, g)
+        else:
+            lengths += lone[:2]
+            constants.append((lone[2], 1 + 4 * (x.shape[-1] + 2 * g.shape[2] + 8) * _UNIT))
+    totals = []
+    if lengths:
+        x2_LP, g2_LP = torch.stack(lengths).square_().view(len(constants), 2, -1).unbind(1)
+        bias_L1, factor_L1 = g2_LP.new_tensor(constants)[:, :, None].unbind(1)
+        mass2_LP = (x2_LP + bias_L1).mul_(g2_LP)
+        totals.append(torch.stack([mass2_LP * factor_L1, mass2_LP], 1).sum(0))
+    if others:
+        totals.append(torch.stack(others).unflatten(0, (-1, 2)).sum(0))
+    squared, mass2 = sum(totals[1:], totals[0])
+    return squared, mass2
+
+
 def _rule(module: nn.Module) -> type[CoveredLayer] | None:
-    return WeightNormLayer if WeightNormLayer.matches(module) else _COVERED.get(type(module))
+    # A parametrised module is of a class of its own, which is not in `_COVERED`.
+    covered = _COVERED.get(type(module))
+    if covered is None and "parametrizations" in module._modules:
+        return WeightNormLayer if WeightNormLayer.matches(module) else None
+    return covered
 
 
 def covered_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -362,8 +422,9 @@ def covered_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     covered: list[tuple[str, nn.Module]] = []
     owners: dict[int, str] = {}
     for name, module in model.named_modules():
-        _refuse_mixing(name, module)
         rule = _rule(module)
+        if rule is None:
+            _refuse_mixing(name, module)
         trainable = (rule or CoveredLayer).trainable(module)
         if all(owners.get(id(p)) == _path(name, key) for key, p in trainable.items()):
             continue  # nothing, or what the layer around it has already

@@ -10,8 +10,9 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from client.site.training.clipping import PatientClipper
-from client.site.training.entropy import Entropy
+from client.site.training.entropy import BLOCK, Entropy
 from client.site.training.plan import DPExecutionPlan, OptimizerConfig
+from common.errors import PrivacyError
 
 
 def base_optimizer(config: OptimizerConfig, parameters: list[nn.Parameter]) -> Optimizer:
@@ -35,16 +36,19 @@ def base_optimizer(config: OptimizerConfig, parameters: list[nn.Parameter]) -> O
 class NoisedSumOptimizer(DPOptimizerFastGradientClipping):
     """Opacus' optimiser on float64 sums and private entropy.
 
-    Opacus keeps the order of the step, its tripwire against noising one sum twice, the scaling, and
+    Opacus keeps the order of the step, its tripwire against noising one sum twice, and
     an accountant hook, which here counts steps as a cross-check on the ledger. Replaced are the
-    accumulation (`p.grad` would round the sum to float32 before the noise) and the noise (torch's
-    generator, at the parameters' precision).
+    accumulation (`p.grad` would round the sum to float32 before the noise), the noise (torch's
+    generator, at the parameters' precision), and calls per parameter by calls per step.
 
     Args:
         optimizer: Base optimiser over the trainable parameters.
         plan: Gives the noise, the grid and the denominator.
         clipper: Its sums, filled between `zero_grad` and `step`, are what is noised.
         entropy: Draws from `entropy.noise`.
+
+    Raises:
+        PrivacyError: Trainable parameters of several precisions.
     """
 
     def __init__(
@@ -63,7 +67,18 @@ class NoisedSumOptimizer(DPOptimizerFastGradientClipping):
         self._plan = plan
         self._clipper = clipper
         self._entropy = entropy
-        self._shares = clipper.shares
+        shares = clipper.shares
+        self._shares = list(shares.values()) if set(shares.values()) != {1.0} else []
+        # One vector for all gradients, in the order of the sums.
+        sums = clipper.sums
+        if len({p.dtype for p in sums}) > 1:
+            raise PrivacyError(
+                "the trainable parameters are of several precisions",
+                cure="keep all of them in float32",
+            )
+        self._gradient = torch.empty_like(clipper.total, dtype=next(iter(sums)).dtype)
+        parts = self._gradient.split([p.numel() for p in sums])
+        self._gradients = {p: part.view_as(p) for p, part in zip(sums, parts, strict=True)}
         self._accountant = RDPAccountant()
         self.attach_step_hook(self._accountant.get_optimizer_hook_fn(plan.sample_rate))
 
@@ -87,11 +102,18 @@ class NoisedSumOptimizer(DPOptimizerFastGradientClipping):
         """Turn each clipped sum, in place, into the released one, and `p.grad` into its float32."""
         for p in self.params:
             _check_processed_flag(p.summed_grad)
-        total = self._clipper.total
-        self._entropy.noise.add_gaussians_(total, self._plan.noise_std)
-        total.mul_(1 / self._plan.grid).round_().mul_(self._plan.grid)  # powers of two: exact
-        for p in self.params:
-            _mark_as_processed(p.summed_grad)
-            if p.grad is None:
-                p.grad = torch.empty_like(p)
-            p.grad.copy_(p.summed_grad).mul_(self._shares[p])
+        for p, gradient in self._gradients.items():
+            _mark_as_processed(p.summed_grad)  # type: ignore[attr-defined]
+            p.grad = gradient
+        grid, total = self._plan.grid, self._clipper.total
+        for part, rounded in zip(total.split(BLOCK), self._gradient.split(BLOCK), strict=True):
+            # All passes over a part while it is in the cache.
+            self._entropy.noise.add_gaussians_(part, self._plan.noise_std)
+            part.mul_(1 / grid).round_().mul_(grid)  # powers of two: exact
+            rounded.copy_(part)
+        if self._shares:
+            torch._foreach_mul_(list(self._gradients.values()), self._shares)
+
+    def scale_grad(self) -> None:
+        """Divide by the public denominator, all parameters at once."""
+        self._gradient.div_(self.expected_batch_size)

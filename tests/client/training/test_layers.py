@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 
 from client.site.training.clipping import PatientClipper
-from client.site.training.layers import WeightNormLayer, covered_layers
+from client.site.training.layers import WeightNormLayer, covered_layers, total_bound
 from common.errors import PrivacyError
 
 torch.set_num_threads(1)
@@ -78,6 +78,35 @@ def test_clipped_sum_equals_brute_force(name: str, quantile: float) -> None:
     got = torch.cat([clipper.sums[p].flatten() for p in trainable])
     # A clipped patient stays below the bound by the engine's margin, 2^-30.
     torch.testing.assert_close(got, wanted, rtol=1e-8, atol=2e-9 * PATIENTS * bound)
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("frozen", [None, "weight", "bias"])
+def test_total_bound_is_just_above_the_exact_gradient(tokens: int, frozen: str | None) -> None:
+    """All kinds of layers together, of one token (which go the short way) and of several."""
+    layers = [randomised(make()) for make in LAYERS.values()]
+    for layer in layers:
+        if frozen and getattr(layer, frozen, None) is not None and type(layer) is nn.Linear:
+            layer.get_parameter(frozen).requires_grad_(False)
+    layers = [layer for layer in layers if any(p.requires_grad for p in layer.parameters())]
+    rules = covered_layers(nn.Sequential(*layers))
+    generator = torch.Generator().manual_seed(6)
+    pairs = []
+    for rule in rules:
+        shape = (PATIENTS, tokens, FEATURES)
+        x, g = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+        if isinstance(rule.module, nn.Embedding):
+            x = torch.randint(0, 4, shape[:2], generator=generator)
+        pairs.append((x, g))
+    squared, mass_squared = total_bound(rules, pairs)
+    for p in range(PATIENTS):
+        exact = 0.0
+        for rule, (x, g) in zip(rules, pairs, strict=True):
+            rule.accumulate(x[p : p + 1], g[p : p + 1])
+            exact += sum(float(value.square().sum()) for value in rule.sums.values())
+            for value in rule.sums.values():
+                value.zero_()
+        assert exact <= float(squared[p]) <= exact + 1e-12 * float(mass_squared[p])
 
 
 @pytest.mark.parametrize("chunk", [1, 1 << 23])
