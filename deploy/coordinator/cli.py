@@ -198,6 +198,27 @@ def serve(
 
 
 @app.command()
+def settle(
+    study: Annotated[str, typer.Argument(help="Study file, or a ready study's name.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="New folder [default: the study's name].")
+    ] = None,
+    start: Annotated[
+        Path | None, typer.Option(help="Published adapter that the study starts from.")
+    ] = None,
+    folder: Folder = HERE,
+) -> None:
+    """Pins the hospitals' keys in a study, settles its noise and signs it, for their approval."""
+    from common.study import Study
+    from deploy.coordinator import runs
+
+    to = out or Path(Study.load(study).name)
+    settled = runs.settle(CoordinatorFolder.at(folder), study, to, start=start)
+    say(f"wrote {to / 'study.toml'} and study.sig; hash {settled.hash}")
+    say(f"when the hospitals have approved it: fedward coordinator submit {to / 'study.toml'}")
+
+
+@app.command()
 def submit(
     study: Annotated[str, typer.Argument(help="Study file, or a ready study's name.")],
     run_id: Annotated[str | None, typer.Option(help="Name of the run.")] = None,
@@ -213,7 +234,6 @@ def submit(
     at = CoordinatorFolder.at(folder)
     run = runs.submit(at, study, run=run_id, start=start)
     say(f"submitted run {run}")
-    say(f"hospitals review {at.runs / run / 'study.toml'} with study.sig beside it")
     _follow(at, run) if follow else say("`status` shows how it stands")
 
 

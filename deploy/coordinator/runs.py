@@ -75,8 +75,7 @@ def submit(
         FedwardError: The study, a site that is not enrolled, or the SuperLink; nothing runs.
     """
     begun = start.expanduser().absolute() if start else None
-    chosen, _ = started(Study.load(study), begun)
-    settled = resolve(pinned(chosen, Register.read(folder)))
+    settled = _settled(folder, study, begun)
     name = run or f"{settled.name[:40]}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     try:
         TypeAdapter(Name).validate_python(name)
@@ -101,6 +100,31 @@ def submit(
         shutil.rmtree(out)  # nothing of it ran
         raise
     return name
+
+
+def settle(
+    folder: CoordinatorFolder, study: str | Path, out: Path, *, start: Path | None = None
+) -> Study:
+    """Writes the study as it would be submitted, with its signature, for hospitals to approve.
+
+    Args:
+        out: New folder, which receives `study.toml` and `study.sig`.
+
+    Raises:
+        FedwardError: The study, or a site that is not enrolled; nothing is written.
+    """
+    settled = _settled(folder, study, start.expanduser().absolute() if start else None)
+    try:
+        out.mkdir(parents=True)
+    except FileExistsError:
+        raise CoordinatorError(f"{out} exists already", cure="name a new folder") from None
+    sign(folder, settled, out)
+    return settled
+
+
+def _settled(folder: CoordinatorFolder, study: str | Path, start: Path | None) -> Study:
+    chosen, _ = started(Study.load(study), start)
+    return resolve(pinned(chosen, Register.read(folder)))
 
 
 def pinned(study: Study, register: Register) -> Study:

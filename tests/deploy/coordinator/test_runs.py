@@ -112,6 +112,19 @@ def test_a_study_that_pins_another_key_is_refused(served: Served, tmp_path: Path
         runs.submit(served.folder, path)
 
 
+def test_what_is_settled_is_signed_and_submitted_as_it_is(
+    folder: CoordinatorFolder, hospital: Joining, study: Path, tmp_path: Path
+) -> None:
+    hospital("a").admitted(folder)
+    settled = runs.settle(folder, study, tmp_path / "out")
+    signature = StudySignature.read(tmp_path / "out" / "study.sig", signer=folder.identity().public)
+    assert signature.study == settled.hash == Study.load(tmp_path / "out" / "study.toml").hash
+    again = runs.settle(folder, tmp_path / "out" / "study.toml", tmp_path / "again")
+    assert again.hash == settled.hash
+    with pytest.raises(CoordinatorError, match="exists already"):
+        runs.settle(folder, study, tmp_path / "out")
+
+
 def test_without_a_superlink_nothing_is_submitted(
     folder: CoordinatorFolder, hospital: Joining, study: Path
 ) -> None:
