@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint check kill-test benchmarks results attack-power clean help
+.PHONY: install demo test test-e2e lint kill-test benchmarks overhead soak attack-power clean help
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 16
@@ -28,6 +28,15 @@ lint: install  ## ruff and mypy
 
 test: install lint  ## everything that must pass
 	@$(BIN)/python -m pytest
+
+test-e2e: install  ## everything between real processes: kills, faults, attackers (about 40 minutes)
+	@FEDWARD_E2E=all $(BIN)/python -m pytest -s tests/e2e
+
+overhead: install  ## what a round costs beside training, three hospitals over TLS (about 10 minutes)
+	@$(BIN)/python -m tests.e2e.overhead
+
+soak: install  ## an hour of random kills; memory of daemon and coordinator
+	@$(BIN)/python -m tests.e2e.soak --minutes 60
 
 kill-test: install  ## kill a daemon 200 times at random moments (about 5 minutes)
 	@FEDWARD_KILLS=200 $(BIN)/python -m pytest -s tests/privacy/test_kill.py

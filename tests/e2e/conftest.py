@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from shutil import which
@@ -12,6 +13,9 @@ import pytest
 from common.study import Study
 from tests.e2e.deployment import Deployment, deployed
 
+# What takes longer than the rest together: `make test-e2e`.
+LONG = ["test_kills.py", "test_faults.py"]
+collect_ignore = [] if os.environ.get("FEDWARD_E2E") == "all" else LONG
 REGIONS = Path(__file__).parents[3] / "shared" / "data" / "eicu-demo-regions"
 SITES = ("region-midwest", "region-south", "region-west")
 

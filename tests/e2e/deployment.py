@@ -223,11 +223,11 @@ class Deployment:
         path.write_text(resolve(pinned(study, Register.read(self.at)), private=private).to_toml())
         return path
 
-    def approve(self, study: Path, *sites: str) -> None:
+    def approve(self, study: Path, *sites: str, runs: int = 1) -> None:
         """The officer of each hospital lets the study in; as the daemon's user would."""
         for name in sites or self.hospitals:
             config = self.hospitals[name].folder.config_file
-            words = ["site", "approve", str(study), "--as", "officer", "--yes"]
+            words = ["site", "approve", str(study), "--as", "officer", "--yes", "--runs", str(runs)]
             words += ["--key", str(self.folder / "officer.key"), "--config", str(config)]
             self.fedward(*words)
             self._restore_owner(self.hospitals[name])
