@@ -19,6 +19,7 @@ from common.study import Study
 from simulations.inline import run_inline
 from tests.e2e.conftest import REGIONS, SITES, study
 from tests.e2e.deployment import Deployment, deployed
+from tests.e2e.test_study import unpinned
 
 ROUNDS = 5
 CASES: dict[str, dict[str, object]] = {
@@ -42,7 +43,7 @@ def measure(deployment: Deployment, name: str, changes: dict[str, object]) -> No
     with TemporaryDirectory() as folder:
         began: list[float] = []
         run_inline(
-            Study.load(path),
+            unpinned(Study.load(path)),
             deployment.shards,
             Path(folder),
             threads=1,
