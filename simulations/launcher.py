@@ -11,17 +11,15 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import grpc
 
@@ -30,7 +28,7 @@ from common.study import Study
 from simulations.bundle import assemble
 from simulations.display import Display
 from simulations.flower import environment, free_port, program
-from simulations.processes import Family
+from simulations.processes import Family, sigterm_interrupts
 from simulations.stories import stories, told
 
 _STATUS = "/fedward.Site/Status"
@@ -85,7 +83,7 @@ def launch(run: Run, display: Display) -> None:
     # Short, because the paths of Unix sockets end at 107 bytes, and Ray adds 60 of its own.
     private = Path(tempfile.mkdtemp(prefix="fedward-", dir=_short_folder()))
     try:
-        with _sigterm_interrupts(), Family() as family:
+        with sigterm_interrupts(), Family() as family:
             _Session(run, display, family, private, logs).run_to_end()
     finally:
         shutil.rmtree(private, ignore_errors=True)
@@ -297,21 +295,3 @@ def _listening(path: Path) -> bool:
 def _short_folder() -> str | None:
     """The system's folder for temporary files, unless its name is too long for sockets below."""
     return None if len(tempfile.gettempdir()) <= 20 else "/tmp"
-
-
-@contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM becomes a KeyboardInterrupt, so that it cleans up; only in a main thread."""
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        before = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

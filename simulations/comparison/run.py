@@ -28,6 +28,7 @@ from simulations.comparison.data import Cohort, fingerprint
 from simulations.comparison.execute import Job, cohort_sites, execute, finished, job
 from simulations.comparison.suite import Suite, cells
 from simulations.preflight import check, place
+from simulations.processes import sigterm_interrupts
 
 
 def plan(
@@ -98,7 +99,7 @@ def run(jobs: Sequence[Job], cohort: Cohort, processes: int, console: Console) -
         TimeElapsedColumn(),
         TextColumn("{task.fields[eta]}"),
     )
-    with Progress(*columns, console=console) as progress:
+    with sigterm_interrupts(), Progress(*columns, console=console) as progress:
         bar = progress.add_task("cells", total=len(left), eta="")
         began, count = time.monotonic(), 0
         for wave in (w for w in waves if w):
