@@ -87,11 +87,6 @@ class DaemonConfig(_Part):
                     "its patients spend: add [lifetime.train] and [lifetime.validation] with "
                     "epsilon and delta"
                 )
-        if len(str(self.socket).encode()) > _SOCKET_BYTES:
-            raise ValueError(
-                f"the socket's path is longer than {_SOCKET_BYTES} bytes, which Unix does not "
-                f"admit: {self.socket}"
-            )
         return self
 
     @classmethod
@@ -134,7 +129,14 @@ class DaemonConfig(_Part):
             )
             for site in config.sites
         )
-        return config.model_copy(update={"socket": placed(config.socket), "sites": there})
+        socket = placed(config.socket)
+        if len(str(socket).encode()) > _SOCKET_BYTES:
+            raise ConfigError(
+                f"{path}: the socket's path is longer than {_SOCKET_BYTES} bytes, which Unix does "
+                f"not admit: {socket}",
+                cure="give socket an absolute path below /run",
+            )
+        return config.model_copy(update={"socket": socket, "sites": there})
 
     def to_toml(self) -> str:
         """The file that `load` reads back."""
