@@ -16,6 +16,7 @@ import pytest
 from client.site.daemon.config import SiteConfig
 from client.site.daemon.service import CALL, Daemon, SocketError
 from client.site.daemon.state import PAUSED
+from client.site.model import slm
 from common.identity import Identity
 from common.roster import Roster, RosterError
 
@@ -131,3 +132,25 @@ def test_the_socket_is_opened_to_the_group_that_is_named(world: Any) -> None:
     unknown = world.config.model_copy(update={"socket_group": "no-such-group"})
     with pytest.raises(SocketError, match="no-such-group"), Daemon(unknown):
         pass
+
+
+def test_the_language_model_is_loaded_once_in_a_daemons_life(
+    ward_module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[str] = []
+    load = slm._load
+
+    def counted(name: str, revision: str | None, device: str) -> slm.Slm:
+        loads.append(name)
+        return load(name, revision, device)
+
+    monkeypatch.setattr(slm, "_load", counted)
+    slm._resident.cache_clear()
+    world = ward_module.Ward(tmp_path, ("a", "b"))
+    for study in (ward_module.make_study(("a", "b")), ward_module.make_study(("a", "b"), seed=1)):
+        for site in ("a", "b"):
+            start = world.prepared(study, site)
+            for kind in ("train", "evaluate"):
+                answer, _ = world.ask(world.request(kind, study, 1, site=site), start)
+                assert answer.refusal is None
+    assert len(loads) == 1
