@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from typing import Any
 
-from common.messages import Envelope, Kind
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
+
+from common.messages import Code, Envelope, Kind
 
 MESSAGE_TYPES: dict[Kind, str] = {
     "roster": "query",
@@ -16,6 +21,7 @@ MESSAGE_TYPES: dict[Kind, str] = {
 """Handler of the ClientApp that forwards a request of each kind; all of them do the same."""
 
 _ENVELOPE, _ARRAYS, _ERROR = "envelope", "arrays", "error"
+_CODE: TypeAdapter[str] = TypeAdapter(Code)
 
 
 def to_record(envelope: Envelope) -> RecordDict:
@@ -45,10 +51,17 @@ def from_record(record: RecordDict) -> Envelope:
         return Envelope(
             header=header,
             signature=signature,
-            arrays={name: array.numpy() for name, array in arrays.items()} if arrays else {},
+            arrays={name: _numpy(array) for name, array in arrays.items()} if arrays else {},
         )
-    except (KeyError, TypeError, ValueError):
+    except Exception:  # numpy has many for bytes that are no array, MemoryError among them
         raise ValueError("message does not hold an envelope") from None
+
+
+def _numpy(array: Array) -> NDArray[Any]:
+    found: Any = array.numpy()
+    if not isinstance(found, np.ndarray):  # numpy opens archives, too
+        raise TypeError("not an array")
+    return found
 
 
 def error_record(code: str) -> RecordDict:
@@ -58,11 +71,15 @@ def error_record(code: str) -> RecordDict:
 
 
 def error_code(message: Message) -> str | None:
-    """The code of a message that brings no envelope: the relay's own, or `flower-<n>`."""
+    """The code of a message that brings no envelope: the relay's own, or `flower-<n>`. Nobody
+    signed it: what has not the form of a code is `relay-failed`."""
     if message.has_error():
         return f"flower-{message.error.code}"
     if _ERROR in message.content:
-        return str(message.content[_ERROR].get("code", "relay-failed"))
+        try:
+            return _CODE.validate_python(message.content[_ERROR].get("code"))
+        except ValidationError:
+            return "relay-failed"
     return None
 
 

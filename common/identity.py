@@ -108,7 +108,7 @@ def open_envelope(envelope: Envelope, kind: type[H], publics: list[str]) -> H:
         raise Refusal("signature-invalid", "the message is not signed by a known key")
     try:
         header = kind.model_validate(json.loads(envelope.header))
-    except (ValidationError, ValueError):
+    except (ValidationError, ValueError, RecursionError):
         raise Refusal("message-malformed", "the header does not parse") from None
     if header.canonical() != envelope.header:
         raise Refusal("message-malformed", "the header is not canonical")

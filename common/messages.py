@@ -11,7 +11,7 @@ import json
 import secrets
 import struct
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,9 @@ Kind = Literal["roster", "prepare", "initialise", "train", "evaluate"]
 """`roster`: which sites answer here. `prepare`: check study, encode, load the SLM. `initialise`:
 the adapter that the study's seed gives (a function of public values). `train`: one charged round.
 `evaluate`: one charged release on validation patients."""
+
+Code = Annotated[str, Field(pattern=r"^[a-z0-9-]{1,64}$")]
+"""Why there is no answer, see docs/refusals; its form is all that an honest reader may rely on."""
 
 
 class Header(BaseModel):
@@ -77,7 +80,7 @@ class Answer(Header):
 
     site: str
     request_digest: str
-    refusal: str | None = None
+    refusal: Code | None = None
     body: dict[str, Any] = {}
     arrays_digest: str = ""
 
@@ -128,3 +131,8 @@ def digest_arrays(arrays: Mapping[str, NDArray[Any]] | None) -> str:
         sha.update(json.dumps([name, array.dtype.str, array.shape]).encode())
         sha.update(array.tobytes())
     return sha.hexdigest()
+
+
+def roster_proof(request_digest: str) -> bytes:
+    """What each site signs that answers to `roster`, so that no node can say it hosts another's."""
+    return b"fedward roster\0" + request_digest.encode()

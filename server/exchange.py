@@ -21,8 +21,8 @@ from typing import Any, Protocol
 
 from common.envelope import error_code, from_record, request_message
 from common.errors import FedwardError, Refusal
-from common.identity import Identity, open_envelope
-from common.messages import Answer, Arrays, Envelope, Kind, Request
+from common.identity import Identity, open_envelope, verify
+from common.messages import Answer, Arrays, Envelope, Kind, Request, roster_proof
 from common.privacy.receipts import Receipts
 from common.study import Study
 
@@ -33,6 +33,11 @@ RETRY_WITH_NEW_CHARGE = frozenset({"answer-lost", "internal"})
 LOST_SECONDS = 90.0
 """How long a site may be unreachable, while nobody else is being waited for, until it is lost: a
 SuperNode that was killed may not reconnect for 60 s."""
+
+
+USELESS = frozenset({"answer-invalid", "relay-failed"})
+"""Codes for an answer that came and cannot be read or believed."""
+_TRIES_PER_NODE = 2  # after a useless answer; each costs the site the transfer of an adapter
 
 
 class FederationError(FedwardError):
@@ -86,6 +91,7 @@ class _Flight:
     size: int
     turn: int
     sends: int = 0
+    useless: int = 0
     sent_at: float = 0.0
     failing_since: float | None = None
     resend_at: float = 0.0
@@ -183,16 +189,22 @@ class Exchange:
         try:
             envelope = from_record(message.content)
             claimed = json.loads(envelope.header)["body"]["sites"]
-            sites = {str(entry["name"]): str(entry["public_key"]) for entry in claimed}
+            proof = roster_proof(request.digest)
+            sites = {
+                str(entry["name"]): str(entry["public_key"])
+                for entry in claimed
+                if verify(entry["public_key"], proof, bytes.fromhex(entry["proof"]))
+            }
             answer = open_envelope(envelope, Answer, list(sites.values()))
-        except (KeyError, TypeError, ValueError, Refusal):
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError, Refusal):
             log.warning("a node's roster is malformed")
             return
         if answer.request_digest != request.digest or answer.refusal:
             log.warning("a node's roster is not usable: %s", answer.refusal or "wrong request")
             return
         if self.code_hash and answer.body.get("code_hash") not in ("", None, self.code_hash):
-            log.warning("sites %s run other code than the coordinator", ", ".join(sites))
+            ours = [name for name in sites if name in self.study.federation.sites]
+            log.warning("sites %s run other code than the coordinator", ", ".join(ours))
         for name, key in sites.items():
             if name not in self.study.federation.sites:
                 continue
@@ -322,14 +334,13 @@ class Exchange:
     ) -> bool:
         """Takes in a reply; True when the site itself spoke."""
         flight = waiting[site]
-        code = error_code(message)
-        if code:
-            self._missed(flight, code)
-            return False
-        try:
-            received = self._verified(site, flight.request, message)
-        except (Refusal, ValueError):
-            self._missed(flight, "answer-invalid")
+        received = self._opened(site, flight.request, message)
+        if isinstance(received, str):
+            self._missed(flight, received)
+            flight.useless += received in USELESS
+            if flight.useless >= _TRIES_PER_NODE * len(self.hosts[site]):
+                outcome.lost[site] = received
+                del waiting[site]
             return False
         refusal = received.answer.refusal
         if refusal is None:
@@ -347,6 +358,16 @@ class Exchange:
             outcome.refused[site] = refusal
             del waiting[site]
         return True
+
+    def _opened(self, site: str, request: Request, message: Any) -> Received | str:
+        """The site's own answer to the request, or the code for having none."""
+        code = error_code(message)
+        if code is not None:
+            return code
+        try:
+            return self._verified(site, request, message)
+        except (Refusal, ValueError):
+            return "answer-invalid"
 
     def _verified(self, site: str, request: Request, message: Any) -> Received:
         envelope = from_record(message.content)

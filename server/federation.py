@@ -27,6 +27,7 @@ import numpy as np
 from common.messages import Arrays
 from common.privacy.receipts import Receipt
 from common.study import Study
+from server.answers import Ready, Released, leave_out, most, read
 from server.checkpoint import Checkpoint
 from server.exchange import Exchange, FederationError, Outcome, Received
 from server.metrics import measure, noise_deviation
@@ -46,6 +47,8 @@ class Progress:
         steps: By site, DP-SGD steps that were answered for.
         evaluations: By release: round, sites that answered, and `Measured` of their histograms.
         seconds: Spent preparing, training and in all, sessions of a resumed run together.
+        refused: By site that is not ready, why.
+        left_out: By site and code, how many of its rounds and evaluations do not count.
         taken: Arrays of the initial adapter that come from the start.
     """
 
@@ -60,6 +63,7 @@ class Progress:
         default_factory=lambda: {"encode": 0.0, "train": 0.0, "total": 0.0}
     )
     refused: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, dict[str, int]] = field(default_factory=dict)
     taken: list[str] = field(default_factory=list)
 
 
@@ -68,7 +72,7 @@ class Finished:
     """What a completed run hands to the report.
 
     Attributes:
-        prepared: By site, the public body of its answer to `prepare`.
+        prepared: By site that is ready, the public body of its answer (`server.answers.Ready`).
         receipts: By site, the head of its ledger at its last answer.
         start: Where the study started, if not from its seed alone.
     """
@@ -83,8 +87,13 @@ class Finished:
 
     @property
     def spec(self) -> dict[str, Any]:
-        """What the sites say the adapter is; they build it from the same study."""
-        return dict(next(iter(self.prepared.values()))["spec"])
+        """What the sites say the adapter is."""
+        return most(self.prepared, "spec")
+
+    @property
+    def encoders(self) -> dict[str, Any]:
+        """By source, what the sites say they read it with."""
+        return most(self.prepared, "encoders")
 
 
 class Federation:
@@ -228,8 +237,8 @@ class Federation:
                 )
 
         outcome = self.exchange.ask("prepare", sites, seconds=seconds, progress=report)
-        for site, received in outcome.answers.items():
-            self.prepared[site] = received.answer.body
+        for site, ready in read(outcome, Ready).items():
+            self.prepared[site] = ready.model_dump()
             self.progress.refused.pop(site, None)
         for site, code in (outcome.refused | outcome.lost).items():
             log.warning("site %s is not ready: %s", site, code)
@@ -240,12 +249,17 @@ class Federation:
     def _initial(self) -> Arrays:
         """The adapter that the study's seed gives, from whichever site answers first, under that
         of the start."""
+        numbers = most(self.prepared, "spec")["trainable_parameters"]
         for site in self._ready():
             outcome = self.exchange.ask(
                 "initialise", [site], seconds=self.study.federation.deadline_seconds
             )
             received = outcome.answers.get(site)
-            if received and _sound(received.arrays):
+            if (
+                received
+                and _sound(received.arrays)
+                and sum(a.size for a in received.arrays.values()) == numbers
+            ):
                 return self._started(received.arrays)
             log.warning("site %s gave no initial adapter", site)
         raise FederationError("no site gave an initial adapter", cure="see the sites' logs")
@@ -267,14 +281,12 @@ class Federation:
         progress.round += 1
         began = self._clock()
         outcome = self._ask("train", progress.round, self.adapter)
-        for site in [s for s, r in outcome.answers.items() if not self._fits(r)]:
-            outcome.refused[site] = "adapter-invalid"
-            del outcome.answers[site]
+        for site in [s for s, r in outcome.answers.items() if not _like(r.arrays, self.adapter)]:
+            leave_out(outcome, site, "adapter-invalid")
+        for site, released in read(outcome, Released).items():
+            progress.epsilon[site] = dict(released.epsilon)
+            progress.steps[site] = progress.steps.get(site, 0) + released.steps
         answered = self._in_order(outcome)
-        for site, received in answered.items():
-            body = received.answer.body
-            progress.epsilon[site] = dict(body.get("epsilon") or {})
-            progress.steps[site] = progress.steps.get(site, 0) + int(body.get("steps", 0))
         reached = len(answered) >= self.quorum
         if reached:
             mean = weighted_mean(
@@ -286,6 +298,7 @@ class Federation:
             progress.bytes_up_per_round = max(r.size for r in answered.values())
         seconds = self._clock() - began
         progress.seconds["train"] += seconds
+        self._note(outcome)
         self._save()
         self._line(outcome, kind="train", seconds=seconds, aggregated=reached)
         log.info(
@@ -332,17 +345,11 @@ class Federation:
             seconds=self.study.federation.deadline_seconds,
         )
 
-    def _fits(self, received: Received) -> bool:
-        """Same names, shapes and types as the adapter, and finite."""
-        given = received.arrays
-        return (
-            given.keys() == self.adapter.keys()
-            and all(
-                given[n].shape == a.shape and given[n].dtype == a.dtype
-                for n, a in self.adapter.items()
-            )
-            and _sound(given)
-        )
+    def _note(self, outcome: Outcome) -> None:
+        """Counts whose answers do not count; kept with what the others gave."""
+        for site, code in (outcome.refused | outcome.lost).items():
+            codes = self.progress.left_out.setdefault(site, {})
+            codes[code] = codes.get(code, 0) + 1
 
     def _in_order(self, outcome: Outcome) -> dict[str, Received]:
         return {s: outcome.answers[s] for s in self.study.federation.sites if s in outcome.answers}
@@ -359,16 +366,14 @@ class Federation:
             began = self._clock()
             outcome = self._ask("evaluate", release, self.average.mean(self.adapter))
             shape = (len(self.study.tasks), 2, self.study.evaluation.bins)
-            answered = {
-                site: r
-                for site, r in self._in_order(outcome).items()
-                if r.arrays.keys() == {"histograms"}
-                and r.arrays["histograms"].shape == shape
-                and _sound(r.arrays)
-            }
-            for site, received in answered.items():
+            expected = {"histograms": np.zeros(shape)}
+            for site in [s for s, r in outcome.answers.items() if not _like(r.arrays, expected)]:
+                leave_out(outcome, site, "answer-invalid")
+            for site, released in read(outcome, Released).items():
                 progress.releases[site] = progress.releases.get(site, 0) + 1
-                progress.epsilon[site] = dict(received.answer.body.get("epsilon") or {})
+                progress.epsilon[site] = dict(released.epsilon)
+            answered = self._in_order(outcome)
+            self._note(outcome)
             if not answered:
                 raise FederationError(
                     f"no site answered evaluation {release}",
@@ -435,6 +440,17 @@ def _merge(total: Outcome, more: Outcome) -> None:
         for s, c in (total.lost | more.lost).items()
         if s not in total.answers and s not in total.refused
     }
+
+
+def _like(given: Arrays, expected: Arrays) -> bool:
+    """Same names, shapes and types, and finite."""
+    return (
+        given.keys() == expected.keys()
+        and all(
+            given[n].shape == a.shape and given[n].dtype == a.dtype for n, a in expected.items()
+        )
+        and _sound(given)
+    )
 
 
 def _sound(arrays: Arrays) -> bool:

@@ -50,6 +50,7 @@ class SiteReport(Part):
             also where an answer, and with it the last word of the ledger, was lost.
         evaluations: Releases on validation patients that arrived.
         refused: Stable code of a site that did not take part to the end; None otherwise.
+        left_out: By code, how many of its rounds and evaluations do not count.
         receipt: Head of its ledger at its last answer, signed by it; None if none arrived.
     """
 
@@ -64,6 +65,7 @@ class SiteReport(Part):
     epsilon_reserved: Epsilons
     evaluations: int
     refused: str | None = None
+    left_out: dict[str, int] = {}
     receipt: Receipt | None = None
 
 
@@ -180,7 +182,6 @@ def build(finished: Finished) -> Report:
     """The report of a completed run. `tasks` and `macro` are those of its last evaluation."""
     study, progress = finished.study, finished.progress
     prepared = finished.prepared
-    one = next(iter(prepared.values()))
     evaluations = [
         EvaluationReport(round=e["round"], sites=e["sites"], **e["metrics"])
         for e in progress.evaluations
@@ -201,7 +202,7 @@ def build(finished: Finished) -> Report:
             records_per_patient=study.privacy.records_per_patient,
             evaluation_noise_multiplier=study.evaluation.noise_multiplier,
         ),
-        encoders=dict(one["encoders"]),
+        encoders=finished.encoders,
         slm=dict(finished.spec["slm"]),
         trainable_parameters=int(finished.spec["trainable_parameters"]),
         bytes_up_per_round=progress.bytes_up_per_round,
@@ -318,6 +319,7 @@ def _site(finished: Finished, name: str) -> SiteReport:
         epsilon_reserved=reserved,
         evaluations=progress.releases.get(name, 0),
         refused=progress.refused.get(name),
+        left_out=dict(sorted(progress.left_out.get(name, {}).items())),
         receipt=finished.receipts.get(name),
     )
 

@@ -106,6 +106,15 @@ def application(folder: RelayFolder, config: RelayConfig, upstream: Upstream) ->
             await answer.aclose()
             log.error("%s: the coordinator answered with a redirect, which is refused", path)
             return Response(status_code=403)
+        if _by_the_front(answer):
+            await answer.aclose()
+            log.error(
+                "%s: the coordinator does not admit this site's certificate with this node key "
+                "(%d): revoked, or not its own; ask its administrator",
+                path,
+                answer.status_code,
+            )
+            return Response(status_code=401)
         if path == BUNDLE and answer.is_success:
             return await _bundle(answer, config.bundle)
         return StreamingResponse(
@@ -117,6 +126,16 @@ def application(folder: RelayFolder, config: RelayConfig, upstream: Upstream) ->
     gate = Starlette(routes=[Route(FLEET + "{call:str}", forward, methods=["POST"])])
     gate.router.redirect_slashes = False
     return gate
+
+
+def _by_the_front(answer: httpx.Response) -> bool:
+    """Whether nginx refused, which does so by a page, where the SuperLink answers in JSON.
+
+    The SuperNode takes any 403 for the end of a run, and then hangs without ending; on 401 it ends,
+    and is started again until it is admitted.
+    """
+    page = answer.headers.get("content-type", "").startswith("text/html")
+    return page and answer.status_code in (403, 429)
 
 
 async def _bundle(answer: httpx.Response, pinned: str) -> Response:

@@ -9,7 +9,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,7 +164,7 @@ def _system(task: Job, hospitals: Hospitals) -> tuple[Scores, dict[str, Any]]:
             threads=1,
             on_round=None if apart else trace.of(hospitals),
         )
-        parts += [_exact(task.folder / place / "sites" / name) for name in names]
+        parts += _exact(task.folder / place / "sites" / name for name in names)
         told["parameters"] = report.trainable_parameters
         told["train_seconds"] += report.seconds.train
         for site in report.sites:
@@ -198,10 +198,15 @@ def _per_epoch(study: Study, seconds: float) -> float:
     return seconds / (steps * study.privacy.sample_rate)
 
 
-def _exact(site: Path) -> Scores:
-    last = max((site / "exact").glob("release-*.npz"), key=lambda p: int(p.stem.split("-")[1]))
-    with np.load(last) as stored:
-        return Scores(stored["logits"], stored["labels"], stored["patients"])
+def _exact(sites: Iterable[Path]) -> Iterator[Scores]:
+    """The last scores of each hospital; one without any of the sources took no part."""
+    for site in sites:
+        releases = sorted(
+            (site / "exact").glob("release-*.npz"), key=lambda p: int(p.stem.split("-")[1])
+        )
+        if releases:
+            with np.load(releases[-1]) as stored:
+                yield Scores(stored["logits"], stored["labels"], stored["patients"])
 
 
 def _together(parts: list[Scores]) -> Scores:

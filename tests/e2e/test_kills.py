@@ -106,13 +106,13 @@ def test_it_completes(
     assert report["rounds"] == ROUNDS
     for name, there in deployment.hospitals.items():
         released = [c for c in there.charges if c["run"] == run]
-        asked = Counter((c["kind"], c["round"], c["attempt"]) for c in released)
+        asked = Counter(c["request_digest"] for c in released)
         assert max(asked.values()) == 1, f"{name}: charged twice: {asked}"
         assert "VALID" in deployment.fedward("audit", "verify", there.folder.state)
 
 
 def test_every_node_is_back(deployment: Deployment, settled: Study) -> None:
     def all_connected() -> bool:
-        return deployment.coordinate("status").count("connected") >= len(SITES)
+        return deployment.coordinate("status").count("yes") >= len(SITES)
 
     wait_for(all_connected, 120, "all sites connected", deployment.story)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from common.identity import Identity
-from common.messages import Answer, Arrays, Envelope, Request
+from common.messages import Answer, Arrays, Envelope, Request, roster_proof
 from common.study import Study
 
 
@@ -65,7 +65,14 @@ class FakeSites:
     def _act(self, request: Request, arrays: Arrays) -> tuple[dict[str, object], Arrays]:
         if request.kind == "roster":
             return {
-                "sites": [{"name": n, "public_key": k.public} for n, k in self.keys.items()],
+                "sites": [
+                    {
+                        "name": name,
+                        "public_key": key.public,
+                        "proof": key.sign(roster_proof(request.digest)).hex(),
+                    }
+                    for name, key in self.keys.items()
+                ],
                 "version": "0",
                 "code_hash": "",
             }, {}

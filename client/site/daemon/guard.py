@@ -24,7 +24,7 @@ from client.site.daemon.work import Work, ready
 from common.errors import FedwardError, ModelError, PrivacyError, Refusal, StudyError
 from common.fingerprint import code_hash
 from common.identity import open_envelope, verify
-from common.messages import Answer, Arrays, Envelope, Request
+from common.messages import Answer, Arrays, Envelope, Request, roster_proof
 from common.privacy.receipts import Receipt
 from common.study import Study
 
@@ -91,7 +91,11 @@ class Guard:
 
     def _roster(self, digest: str) -> bytes:
         sites = [
-            {"name": name, "public_key": hospital.identity.public}
+            {
+                "name": name,
+                "public_key": hospital.identity.public,
+                "proof": hospital.identity.sign(roster_proof(digest)).hex(),
+            }
             for name, hospital in self.hospitals.items()
         ]
         body = {"sites": sites, "version": version("fedward"), "code_hash": self._code_hash}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import logging
 import socket
 import ssl
 import threading
@@ -18,7 +19,7 @@ import uvicorn
 from flwr.proto.fab_pb2 import Fab, GetFabResponse
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from deploy import pki
@@ -138,6 +139,19 @@ def test_a_refusal_of_the_coordinator_is_passed_on(world: World, client: httpx.C
     world.coordinator.answer = Response(b"no", status_code=401)
     answer = client.post("/v1/fleet/activate-node")
     assert (answer.status_code, answer.content) == (401, b"no")
+
+
+@pytest.mark.parametrize("status", [403, 429])
+def test_a_site_that_the_front_does_not_admit_is_told_to_end(
+    world: World, client: httpx.Client, caplog: pytest.LogCaptureFixture, status: int
+) -> None:
+    """On 403 Flower's SuperNode would hang: a run that has ended is what that means to it."""
+    world.coordinator.answer = HTMLResponse("<h1>nginx</h1>", status_code=status)
+    with caplog.at_level(logging.ERROR, "fedward.relay"):
+        assert client.post("/v1/fleet/activate-node").status_code == 401
+    assert "does not admit this site" in caplog.text
+    world.coordinator.answer = JSONResponse({"code": 1}, status_code=status)
+    assert client.post("/v1/fleet/pull-messages").status_code == status
 
 
 def test_a_redirect_is_refused(world: World, client: httpx.Client) -> None:
