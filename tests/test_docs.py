@@ -124,7 +124,7 @@ def answered_codes() -> set[str]:
                 called = getattr(node.func, "id", getattr(node.func, "attr", ""))
                 if called in ("Refusal", "Demand", "error_record"):
                     found |= {code for arg in node.args[:1] for code in strings(arg)}
-                elif called == "_missed":
+                elif called in ("_missed", "leave_out"):
                     found |= {code for arg in node.args[1:] for code in strings(arg)}
             elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Subscript):
                 if getattr(node.targets[0].value, "attr", "") in ("lost", "refused"):
