@@ -14,7 +14,7 @@ from common.study import Study
 from tests.e2e.deployment import Deployment, deployed
 
 # What takes longer than the rest together: `make test-e2e`.
-LONG = ["test_kills.py", "test_faults.py"]
+LONG = ["test_kills.py", "test_faults.py", "test_attackers.py", "test_wire.py"]
 collect_ignore = [] if os.environ.get("FEDWARD_E2E") == "all" else LONG
 REGIONS = Path(__file__).parents[3] / "shared" / "data" / "eicu-demo-regions"
 SITES = ("region-midwest", "region-south", "region-west")
