@@ -134,5 +134,10 @@ def digest_arrays(arrays: Mapping[str, NDArray[Any]] | None) -> str:
 
 
 def roster_proof(request_digest: str) -> bytes:
-    """What each site signs that answers to `roster`, so that no node can say it hosts another's."""
-    return b"fedward roster\0" + request_digest.encode()
+    """What each site signs that answers to `roster`, so that no node can say it hosts another's.
+
+    Args:
+        request_digest: SHA-256 of the request, hex. Whoever asks chooses it, so the words in front
+            are those of nothing else that a site signs (`common.roster` has its own).
+    """
+    return b"fedward hosted\0" + request_digest.encode()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
@@ -32,7 +33,7 @@ class EnrolmentError(FedwardError):
     code = "enrolment-invalid"
 
 
-class Document(BaseModel):
+class Document(BaseModel, ABC):
     """A signed file: one JSON object `{kind, content, signature}`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -57,10 +58,10 @@ class Document(BaseModel):
             json.dumps({"kind": self.kind, "content": content, "signature": signature}, indent=1)
         )
 
+    @abstractmethod
     def signer(self) -> str:
         """Public key that must have signed; one that the file itself names proves only that its
         holder wrote it."""
-        raise NotImplementedError
 
     @classmethod
     def read(cls, path: Path, *, signer: str | None = None) -> Self:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from common.envelope import error_code, error_record, from_record
 from common.identity import Identity, open_envelope
-from common.messages import Answer, Envelope, Request
+from common.messages import Answer, Envelope, Request, roster_proof
+from common.roster import Roster
 from server import publish, report
 
 Change = Callable[[dict[str, Any], dict[str, Any]], None]
@@ -226,3 +228,10 @@ def test_a_code_of_the_relay_is_a_code(code: str, world: Any) -> None:
     assert error_code(Message(no_text, reply_to=asked)) == "relay-failed"
     no_record = RecordDict({"error": ArrayRecord([np.zeros(2)])})
     assert error_code(Message(no_record, reply_to=asked)) == "relay-failed"
+
+
+def test_no_roster_request_can_have_a_site_sign_the_hospitals_roster(tmp_path: Path) -> None:
+    identity = Identity.open(tmp_path / "site.key")
+    statement = Roster(name="f", sites={"a": identity.public}).statement()
+    assert not statement.startswith(roster_proof(""))
+    assert not roster_proof("").startswith(statement.partition(b"\0")[0] + b"\0")
