@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 from base64 import b64encode
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from cryptography.hazmat.primitives import serialization
 from jinja2 import Environment, StrictUndefined
 
 from deploy.coordinator.layout import CoordinatorError, CoordinatorFolder, replace
+
+_RELOAD_SECONDS = 20
 
 
 @dataclass(frozen=True)
@@ -116,17 +119,45 @@ def listening(folder: CoordinatorFolder) -> bool:
 
 
 def reload(folder: CoordinatorFolder) -> bool:
-    """Tells the front that runs on this configuration to read it again.
+    """Has the front that runs on this configuration read it again, and waits until it counts.
+
+    nginx starts new workers before it tells the old ones to stop, and an old one keeps admitting
+    by the old list on connections that are open. One that is stopping has closed those at rest.
 
     Returns:
         False where none runs here, as far as its pid file tells.
+
+    Raises:
+        CoordinatorError: It has kept its old workers.
     """
     try:
-        pid = int((folder.nginx / "nginx.pid").read_text())
-        title = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
-        if not ("nginx" in title and f"-p {folder.nginx}/" in title.replace("\0", " ")):
+        master = int((folder.nginx / "nginx.pid").read_text())
+        title = _title(master)
+        if not ("nginx" in title and f"-p {folder.nginx}/" in title):
             return False  # in another container, or gone and its number taken by somebody else
-        os.kill(pid, signal.SIGHUP)
+        old = Path(f"/proc/{master}/task/{master}/children").read_text().split()
+        os.kill(master, signal.SIGHUP)
     except (OSError, ValueError):
         return False
+    deadline = time.monotonic() + _RELOAD_SECONDS
+    while any(_admits(int(worker)) for worker in old):
+        if time.monotonic() > deadline:
+            raise CoordinatorError(
+                f"the front (pid {master}) has not taken its new configuration",
+                cure=f"{folder.logs / 'nginx-error.log'} says why; then restart it",
+            )
+        time.sleep(0.02)
     return True
+
+
+def _title(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
+
+
+def _admits(worker: int) -> bool:
+    """Whether a worker of nginx is neither gone nor about to be, by the title it gives itself."""
+    try:
+        title = _title(worker)
+    except OSError:
+        return False
+    return bool(title.strip()) and "shutting down" not in title
