@@ -146,6 +146,11 @@ def show_plan(
     settled, privacy = plan.study, plan.study.privacy
     federation, evaluation = settled.federation, settled.evaluation
     rows = {"hash": settled.hash[:16], "privacy": privacy.mode}
+    if settled.start:
+        rows["starts from"] = (
+            f"adapter {settled.start.adapter[:16]} of study {settled.start.study[:16]}, whose ε "
+            "adds to this one's for patients of both"
+        )
     if plan.per_round and plan.declared and plan.reserved:
         spare = settled.priced_rounds - federation.rounds
         rows |= {

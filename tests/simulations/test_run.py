@@ -125,6 +125,13 @@ def test_plan_says_what_it_cannot_know() -> None:
         make_plan(Study.model_validate(raw))
 
 
+def test_plan_names_the_study_that_it_starts_from(study: Study) -> None:
+    raw = study.model_dump(mode="json") | {"start": {"adapter": "a" * 64, "study": "b" * 64}}
+    console = Console(file=io.StringIO(), width=120)
+    show_plan(Study.model_validate(raw), console, sites=parse_sites("north=400,south=200"))
+    assert f"adapter {'a' * 16} of study {'b' * 16}" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
 def test_plan_of_other_sites_and_its_table(study: Study) -> None:
     console = Console(file=io.StringIO(), width=120)
     show_plan(study, console, sites=parse_sites("north=400, south=200"), epsilon=2.0, rounds=3)

@@ -73,6 +73,11 @@ def _does(review: Review) -> list[str]:
             f"to {privacy.max_grad_norm:g} and adds noise of {privacy.noise_multiplier:g} times "
             "that"
         )
+    if study.start:
+        lines.append(
+            f"start from the adapter {study.start.adapter[:16]} of study {study.start.study[:16]}: "
+            "what that one released of your patients is charged to it, and adds up with this one's"
+        )
     lines.append(
         f"keep {study.evaluation.validation_fraction:.0%} of the patients out of training, for "
         f"{study.evaluation.releases} evaluation{'s' if study.evaluation.releases > 1 else ''}"

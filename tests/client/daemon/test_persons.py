@@ -16,6 +16,7 @@ from common.errors import FedwardError
 from common.identity import Identity
 from common.privacy.book import Book
 from common.privacy.receipts import read_receipts
+from common.study import Study
 
 Run = Callable[..., Any]
 
@@ -67,6 +68,15 @@ def test_review_says_what_it_does_lets_out_and_costs(run: Run, tmp_path: Path) -
     ):
         assert said in text, said
     assert not book(tmp_path).studies, "a review approves nothing"
+
+
+def test_review_names_the_study_that_it_starts_from(run: Run, ward_module: Any) -> None:
+    assert "start from" not in run("review", "study.toml")
+    raw = ward_module.make_study().model_dump(mode="json")
+    raw["start"] = {"adapter": "a" * 64, "study": "b" * 64}
+    Path("study.toml").write_text(Study.model_validate(raw).to_toml())
+    text = " ".join(run("review", "study.toml").split())
+    assert f"start from the adapter {'a' * 16} of study {'b' * 16}" in text
 
 
 def test_review_of_an_overpriced_study_says_no_and_why(
