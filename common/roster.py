@@ -20,6 +20,11 @@ from common.identity import Identity, verify
 from common.privacy.fields import Hash
 from common.study import Name
 
+FederationName = Annotated[
+    str, Field(min_length=1, max_length=100, pattern=r"^[^\p{C}\p{Zl}\p{Zp}\[\]]*$")
+]
+"""Nothing that a terminal obeys: it is shown above the fingerprints that people compare."""
+
 Signature = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
 
 
@@ -40,7 +45,7 @@ class Roster(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(min_length=1, max_length=100)
+    name: FederationName
     sites: dict[Name, Hash] = Field(min_length=1)
     signatures: dict[Name, Signature] = {}
 

@@ -10,21 +10,39 @@ the telephone.
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import json
 from abc import ABC, abstractmethod
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+)
 
 from common.errors import FedwardError, explain
 from common.identity import Identity, verify
 from common.privacy.fields import Hash
 from common.study import Name
 
+
+def _no_port(host: str) -> str:
+    """A colon belongs to an IPv6 address, not to a port."""
+    if ":" in host:
+        try:
+            ipaddress.ip_address(host)
+        except ValueError:
+            raise ValueError("no name and no address; a port is given apart") from None
+    return host
+
+
 Nonce = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
-Host = Annotated[str, Field(pattern=r"^[A-Za-z0-9.:-]{1,253}$")]
+Host = Annotated[str, Field(pattern=r"^[A-Za-z0-9.:-]{1,253}$"), AfterValidator(_no_port)]
 
 
 class EnrolmentError(FedwardError):
@@ -109,7 +127,7 @@ class Invite(Document):
     version: str
     bundle: Hash
     nonce: Nonce
-    expires: datetime
+    expires: AwareDatetime
 
     def signer(self) -> str:
         return self.coordinator
@@ -177,6 +195,6 @@ def _load(path: Path, kind: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         raise EnrolmentError(f"{path} is not JSON", cure=f"give the {kind} file") from None
     if not isinstance(raw, dict) or raw.get("kind") != kind:
-        found = raw.get("kind") if isinstance(raw, dict) else "something else"
+        found = repr(raw.get("kind")) if isinstance(raw, dict) else "something else"
         raise EnrolmentError(f"{path} is no {kind} but {found}", cure=f"give the {kind} file")
     return raw

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -82,7 +83,7 @@ class Authority:
             CertificateError: There is one in `folder` already.
         """
         key = ec.generate_private_key(ec.SECP384R1())
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        subject = _subject(name)
         certificate = (
             _builder(subject, subject, key.public_key(), days)
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
@@ -137,9 +138,9 @@ class Authority:
         """
         try:
             request = x509.load_pem_x509_csr(request_pem.encode())
-        except ValueError:
+            public = request.public_key()
+        except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion):
             raise CertificateError("the enrolment request holds no signing request") from None
-        public = request.public_key()
         if not request.is_signature_valid:
             raise CertificateError("the signing request is not signed by its own key")
         if not _is_p384(public):
@@ -172,10 +173,9 @@ class Authority:
         days: int,
         alternative: x509.SubjectAlternativeName | None,
     ) -> str:
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         issuer = self._key.public_key()
         builder = (
-            _builder(subject, self._certificate.subject, public, days)
+            _builder(_subject(name), self._certificate.subject, public, days)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_usage(authority=False), critical=True)
             .add_extension(x509.ExtendedKeyUsage([purpose]), critical=True)
@@ -215,15 +215,14 @@ def openssh_public(pem: str) -> str:
 
 def signing_request(key_pem: str, site: str) -> str:
     """What a site sends to have its key certified, PEM."""
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, site)])
-    builder = x509.CertificateSigningRequestBuilder().subject_name(subject)
+    builder = x509.CertificateSigningRequestBuilder().subject_name(_subject(site))
     return builder.sign(private_key(key_pem), hashes.SHA384()).public_bytes(_ENCODING).decode()
 
 
 def self_signed(key_pem: str, names: Sequence[str], *, days: int = 30) -> str:
     """A server certificate that vouches for itself: for a listener on this machine."""
     key = private_key(key_pem)
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0])])
+    subject = _subject(names[0])
     alternative = x509.SubjectAlternativeName([_general_name(name) for name in names])
     builder = _builder(subject, subject, key.public_key(), days)
     return _pem(builder.add_extension(alternative, critical=False).sign(key, hashes.SHA384()))
@@ -293,6 +292,12 @@ def _usage(*, authority: bool) -> x509.KeyUsage:
 def _is_p384(key: object) -> TypeGuard[ec.EllipticCurvePublicKey]:
     """Not merely 384 bits: there are other curves of that size."""
     return isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP384R1)
+
+
+def _subject(name: str) -> x509.Name:
+    """The name as common name, for people to read: X.509 holds 64 bytes of it, the rest is cut."""
+    cut = name.encode()[:64].decode(errors="ignore")
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, cut)])
 
 
 def _general_name(name: str) -> x509.GeneralName:

@@ -12,6 +12,7 @@ from server.exchange import Outcome
 
 Epsilon = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Population = Annotated[str, Field(pattern="^(train|validation)$")]
+Printed = Annotated[str, Field(max_length=300, pattern=r"^\P{C}*$")]
 Body = TypeVar("Body", bound=BaseModel)
 
 
@@ -31,13 +32,26 @@ class Released(_Part):
     epsilon: dict[Population, Epsilon | None] = {}
 
 
+class Slm(_Part):
+    """The language model, as the model card prints it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: Printed
+    sha256: Printed
+    revision: Printed | None = None
+    family: Printed | None = None
+    parameters: int | None = Field(default=None, ge=0)
+    embedded: bool = False
+
+
 class Spec(_Part):
     """What the adapter is; see `client.site.model.system`."""
 
     model_config = ConfigDict(extra="allow")
 
     trainable_parameters: int = Field(ge=0)
-    slm: dict[str, Any]
+    slm: Slm
     lora: dict[str, Any] | None
     designated: list[int]
     logits: str

@@ -238,7 +238,10 @@ class Federation:
 
         outcome = self.exchange.ask("prepare", sites, seconds=seconds, progress=report)
         for site, ready in read(outcome, Ready).items():
-            self.prepared[site] = ready.model_dump()
+            if not ready.spec.dims.keys() >= self.study.sources.keys():
+                leave_out(outcome, site, "answer-invalid")
+                continue
+            self.prepared[site] = ready.model_dump(exclude_unset=True)  # as it was said
             self.progress.refused.pop(site, None)
         for site, code in (outcome.refused | outcome.lost).items():
             log.warning("site %s is not ready: %s", site, code)

@@ -32,6 +32,7 @@ def environment(home: Path) -> dict[str, str]:
         **{k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "FEDWARD_SOCKET")},
         **_QUIET,
         "NO_PROXY": LOCAL,
+        "no_proxy": LOCAL,  # it would win
         "PATH": f"{_BIN}{os.pathsep}{os.environ.get('PATH', '')}",
         "FLWR_HOME": str(home),
     }

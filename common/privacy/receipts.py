@@ -23,6 +23,8 @@ from common.privacy.fields import Hash
 
 log = logging.getLogger("fedward")
 
+_MOST_ANCESTORS = 64  # of 2^63 lines: a receipt stays small, whoever made it
+
 
 class Receipt(BaseModel):
     """A signed head.
@@ -42,12 +44,12 @@ class Receipt(BaseModel):
 
     site: str
     public_key: Hash
-    lines: int = Field(ge=1)
+    lines: int = Field(ge=1, lt=2**63)
     head: Hash
     approvals: int = Field(ge=0)
     approvals_hash: Hash
-    ancestors: tuple[tuple[int, Hash], ...] = ()
-    epoch: int = Field(default=0, ge=0)
+    ancestors: Annotated[tuple[tuple[int, Hash], ...], Field(max_length=_MOST_ANCESTORS)] = ()
+    epoch: int = Field(default=0, ge=0, lt=2**63)
     signature: Annotated[str, Field(pattern=r"^([0-9a-f]{128})?$")] = ""
 
     def statement(self) -> bytes:

@@ -20,7 +20,7 @@ from deploy.coordinator.layout import Config, CoordinatorError, CoordinatorFolde
 from deploy.enrolment import EnrolmentRequest, fingerprint
 
 app = typer.Typer(no_args_is_help=True, help="A federation's coordinator: hospitals and studies.")
-say = Console(highlight=False, soft_wrap=True).print
+say = Console(highlight=False, soft_wrap=True, markup=False).print  # texts hold brackets
 
 _FOLLOW_SECONDS = 1.0
 
@@ -67,7 +67,7 @@ def init(
     say(f"made {made.root}")
     say(f"  server certificate  {', '.join(config.names)}; renew within 13 months (`renew`)")
     say(f"  front               {made.nginx / 'nginx.conf'}, port {port}")
-    say("back up, offline and encrypted: ca.key ca.crt coordinator.key sites.json coordinator.toml")
+    say(f"back up, offline and encrypted: {' '.join(made.kept)}")
     say("key of this coordinator, to be read over the telephone:")
     say(f"  {fingerprint(made.identity().public)}", style="bold")
 
@@ -312,16 +312,19 @@ def pull(
 
 def _apply(folder: CoordinatorFolder) -> None:
     """Tells what runs here of a change, and the person what else must be told."""
-    if front.reload(folder):
-        say("the front has reloaded")
-    else:
-        say(f"where a front runs elsewhere on {folder.nginx}, reload it")
-    if folder.served:
-        from deploy.coordinator.superlink import SuperLink
+    from deploy.coordinator.superlink import SuperLink
 
-        with SuperLink.connected(folder) as superlink:
-            superlink.reconcile(enrolment.Register.read(folder).node_keys())
-        say("the SuperLink knows")
+    try:
+        if front.reload(folder):
+            say("the front has reloaded")
+        else:
+            say(f"where a front runs elsewhere on {folder.nginx}, reload it")
+    finally:  # a front that fails leaves the SuperLink as a second lock
+        if folder.served:
+            # One at a time, too: an older list would let in again whom a later one has revoked.
+            with folder.changing(), SuperLink.connected(folder) as superlink:
+                superlink.reconcile(enrolment.Register.read(folder).node_keys())
+            say("the SuperLink knows")
 
 
 def _follow(folder: CoordinatorFolder, run: str, *, shown: int = 0) -> None:

@@ -15,7 +15,7 @@ from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from common.errors import explain
 from common.identity import Identity
@@ -33,7 +33,7 @@ class Open(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     nonce: Nonce
-    expires: datetime
+    expires: AwareDatetime
 
 
 class Enrolled(BaseModel):
@@ -59,12 +59,18 @@ class Enrolled(BaseModel):
 
 
 class Register(BaseModel):
-    """`sites.json`."""
+    """`sites.json`.
+
+    Attributes:
+        revoked: Serials.
+        given_up: Node keys that were a site's, as in `front.Entry`: Flower never takes one again.
+    """
 
     model_config = ConfigDict(extra="forbid")
     invites: dict[Name, Open] = {}
     sites: dict[Name, Enrolled] = {}
     revoked: set[str] = set()
+    given_up: set[str] = set()
 
     @classmethod
     def read(cls, folder: CoordinatorFolder) -> Register:
@@ -86,6 +92,12 @@ class Register(BaseModel):
             raise unknown("site", name, self.sites, cure="`invite` it, and `enrol` its request")
         return self.sites[name]
 
+    def drop(self, name: str) -> None:
+        """Ends the site's certificates and its node key for good."""
+        site = self.sites.pop(name)
+        self.revoked |= set(site.serials)
+        self.given_up.add(front.node_header(site.request.node_key))
+
     def node_keys(self) -> dict[str, bytes]:
         """Of each enrolled site's SuperNode, PEM."""
         return {name: front.node_public(s.request.node_key) for name, s in self.sites.items()}
@@ -106,12 +118,16 @@ class Register(BaseModel):
 
 @contextmanager
 def changed(folder: CoordinatorFolder) -> Iterator[Register]:
-    """The register for a change: saved and published when the block ends without an error."""
+    """The register for a change: published and saved when the block ends without an error.
+
+    In this order, so that what is cut short can be given again: a certificate that was published
+    and not saved is nobody's, but a site that the register has forgotten could not be revoked.
+    """
     with folder.changing():
         register = Register.read(folder)
         yield register
-        replace(folder.sites, register.model_dump_json(indent=1))
         register.publish(folder)
+        replace(folder.sites, register.model_dump_json(indent=1))
 
 
 # -- the federation ------------------------------------------------------------------------------
@@ -134,7 +150,7 @@ def init(root: Path, config: Config) -> CoordinatorFolder:
     for part in (folder.logs, folder.runs, folder.flower):
         part.mkdir(mode=0o700)
     authority = pki.Authority.create(folder.root, f"{config.name} authority")
-    _certify_server(folder, authority, config)
+    _certify_server(folder, authority, config, new_key=True)
     Identity.open(folder.key)
     pki.write_secret(folder.superexec_secret, secrets.token_hex(32))
     register = Register()
@@ -155,20 +171,24 @@ def renew_server(
     Args:
         new_key: Makes a new private key too.
     """
-    config = folder.config()
-    if hosts:
-        config = Config.of({**config.model_dump(), "hosts": tuple(hosts)})
-        folder.configure(config)
-    if new_key:
-        folder.server_key.unlink()
-    _certify_server(folder, pki.Authority.open(folder.root), config)
+    with folder.changing():
+        config = folder.config()
+        if hosts:
+            config = Config.of({**config.model_dump(), "hosts": tuple(hosts)})
+        authority = pki.Authority.open(folder.root)
+        fresh = new_key or not folder.server_key.exists()
+        _certify_server(folder, authority, config, new_key=fresh)
+        if hosts:
+            folder.configure(config)
     return pki.Facts.of(folder.server_certificate.read_text())
 
 
-def _certify_server(folder: CoordinatorFolder, authority: pki.Authority, config: Config) -> None:
-    if not folder.server_key.exists():
-        pki.write_secret(folder.server_key, pki.new_key())
-    certificate = authority.issue_server(folder.server_key.read_text(), config.names)
+def _certify_server(
+    folder: CoordinatorFolder, authority: pki.Authority, config: Config, *, new_key: bool
+) -> None:
+    key = pki.new_key() if new_key else folder.server_key.read_text()
+    certificate = authority.issue_server(key, config.names)
+    replace(folder.server_key, key)  # nothing is given up before there is something in its place
     replace(folder.server_certificate, certificate)
 
 
@@ -209,8 +229,9 @@ def examine(register: Register, request: EnrolmentRequest) -> None:
     """Whether a request may be admitted; one that was admitted already may.
 
     Raises:
-        EnrolmentError: Its invite is void, or it shares a key with another site.
-        CertificateError: Its signing request is unsound.
+        EnrolmentError: Its invite is void, it shares a key with another site, or its node key is
+            one that was given up.
+        CoordinatorError: Its node key is none.
     """
     name = request.site
     there = register.sites.get(name)
@@ -229,6 +250,11 @@ def examine(register: Register, request: EnrolmentRequest) -> None:
             f"the invite of site '{name}' expired on {opened.expires:%Y-%m-%d}", cure=again
         )
     key = front.node_public(request.node_key)
+    if front.node_header(request.node_key) in register.given_up:
+        raise EnrolmentError(
+            f"the node key of site '{name}' was in use once and given up; Flower takes none twice",
+            cure=f"the hospital makes new keys, in a new folder; {again}",
+        )
     for other, site in register.sites.items():
         if other == name:
             continue
@@ -244,7 +270,7 @@ def enrol(folder: CoordinatorFolder, request: EnrolmentRequest, out: Path) -> En
     A site that was enrolled with other keys keeps its name and loses its old certificates.
 
     Raises:
-        FedwardError: As `examine`; nothing was changed.
+        FedwardError: As `examine`, or its signing request is unsound; nothing was changed.
     """
     name = request.site
     with changed(folder) as register:
@@ -254,7 +280,8 @@ def enrol(folder: CoordinatorFolder, request: EnrolmentRequest, out: Path) -> En
             authority = pki.Authority.open(folder.root)
             certificate = authority.issue_site(request.signing_request, name)
             if there is not None:
-                register.revoked |= set(there.serials)
+                register.drop(name)
+                register.given_up.discard(front.node_header(request.node_key))  # it kept its own
             register.sites[name] = Enrolled(request=request, certificates=(certificate,))
             del register.invites[name]
         enrolled = register.sites[name]
@@ -279,7 +306,7 @@ def revoke(folder: CoordinatorFolder, name: str) -> None:
     """Ends a site's admission: its certificates, its node key, and its open invite."""
     with changed(folder) as register:
         if name in register.sites:
-            register.revoked |= set(register.sites.pop(name).serials)
+            register.drop(name)
         elif name not in register.invites:
             register.site(name)
         register.invites.pop(name, None)

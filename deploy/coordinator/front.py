@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from jinja2 import Environment, StrictUndefined
 
@@ -48,7 +49,7 @@ def node_public(openssh: str) -> bytes:
     """
     try:
         key = serialization.load_ssh_public_key(openssh.encode())
-    except ValueError:
+    except (ValueError, UnsupportedAlgorithm, NotImplementedError):  # a compressed point, say
         raise CoordinatorError("the node key of the request does not parse") from None
     return key.public_bytes(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo

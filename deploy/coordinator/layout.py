@@ -30,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common.errors import FedwardError, explain
 from common.identity import Identity
+from common.roster import FederationName
 from deploy.enrolment import Host
 
 
@@ -52,7 +53,7 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(min_length=1, max_length=100)
+    name: FederationName
     hosts: tuple[Host, ...] = Field(min_length=1)
     port: int = Field(default=8443, ge=1, le=65535)
     listen: Host = "0.0.0.0"
@@ -146,6 +147,13 @@ class CoordinatorFolder:
     @property
     def runs(self) -> Path:
         return self.root / "runs"
+
+    @property
+    def kept(self) -> list[str]:
+        """Names of the files without which `serve` does not start from a backup."""
+        keys = [self.authority.with_suffix(".key"), self.authority, self.key, self.config_file]
+        kept = [self.sites, self.server_key, self.server_certificate, self.superexec_secret]
+        return [path.name for path in (*keys, *kept)]
 
     def config(self) -> Config:
         """Raises `CoordinatorError` where coordinator.toml is wrong."""

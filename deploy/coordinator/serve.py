@@ -22,7 +22,7 @@ from typing import Any
 from deploy.coordinator import front
 from deploy.coordinator.enrol import Register
 from deploy.coordinator.layout import CoordinatorError, CoordinatorFolder
-from deploy.coordinator.superlink import SuperLink, healthy
+from deploy.coordinator.superlink import NodeKeyError, SuperLink, healthy
 from simulations.flower import environment, program
 from simulations.processes import Family
 
@@ -144,12 +144,16 @@ class Coordinator:
 
     def enrolled(self) -> None:
         """Registers the nodes of enrolled sites, and only those."""
-        with SuperLink.connected(self.folder) as superlink:
-            superlink.reconcile(Register.read(self.folder).node_keys())
+        with self.folder.changing(), SuperLink.connected(self.folder) as superlink:
+            try:
+                superlink.reconcile(Register.read(self.folder).node_keys())
+            except NodeKeyError as error:  # one hospital's trouble keeps no other away
+                log.error("%s", error)
 
     def _children(self, family: Family) -> list[Child]:
         """In the order in which they start."""
-        folder, env = self.folder, environment(self.folder.flower)
+        folder = self.folder
+        env = environment(folder.flower)
         address = f"localhost:{folder.config().superlink_port}"
         empty = folder.flower / "empty"  # the ServerApp imports from where it stands before its app
         empty.mkdir(parents=True, exist_ok=True)

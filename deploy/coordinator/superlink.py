@@ -19,7 +19,7 @@ import httpx
 from flwr.common.serde import fab_to_proto, run_from_proto, user_config_to_proto
 from flwr.proto import control_pb2 as control
 from flwr.supercore.control import ControlHttpClient
-from flwr.supercore.error import FlowerError
+from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
@@ -32,6 +32,10 @@ class SuperLinkError(FedwardError):
     """The SuperLink does not answer, or declines."""
 
     code = "superlink"
+
+
+class NodeKeyError(SuperLinkError):
+    """Node keys that Flower declines; all others are registered."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,8 @@ class SuperLink:
     @contextmanager
     def connected(cls, folder: CoordinatorFolder) -> Iterator[SuperLink]:
         """Raises `SuperLinkError`, here or from any method, where it cannot be asked."""
-        os.environ["NO_PROXY"] = LOCAL  # httpx would ask the proxy for this machine
+        # httpx would ask the proxy for this machine, and minds the lower case first.
+        os.environ.update(NO_PROXY=LOCAL, no_proxy=LOCAL)
         client = ControlHttpClient.from_server_address(
             server_address=f"localhost:{folder.config().superlink_port}",
             insecure=False,
@@ -95,14 +100,33 @@ class SuperLink:
 
         Args:
             enrolled: Public key of its node, PEM, by site.
+
+        Raises:
+            NodeKeyError: After all others were seen to: some were unregistered once, as where an
+                older sites.json was restored.
         """
         there = {node.public_key: node.id for node in self.nodes()}
         for key, node in there.items():
             if key not in enrolled.values():
                 self._client.UnregisterNode(control.UnregisterNodeRequest(node_id=node))
-        for site, key in enrolled.items():
-            if key not in there:
-                self._client.RegisterNode(control.RegisterNodeRequest(public_key=key, name=site))
+        missing = {site: key for site, key in enrolled.items() if key not in there}
+        declined = [site for site, key in missing.items() if not self._register(site, key)]
+        if declined:
+            raise NodeKeyError(
+                f"Flower takes no node key twice: that of {', '.join(declined)} was unregistered",
+                cure="`revoke` and `invite` the site, which makes new keys; or remove "
+                "superlink.sqlite* while nothing is served",
+            )
+
+    def _register(self, site: str, key: bytes) -> bool:
+        try:
+            self._client.RegisterNode(control.RegisterNodeRequest(public_key=key, name=site))
+        except httpx.HTTPStatusError as error:
+            said = FlowerError.from_json(error.response.text)
+            if said is None or said.code != ApiErrorCode.PUBLIC_KEY_ALREADY_IN_USE:
+                raise
+            return False
+        return True
 
     # -- runs --------------------------------------------------------------------------------
 

@@ -58,7 +58,9 @@ def test_after_a_reconciled_loss_the_later_epoch_is_the_further_one(key: Identit
 def test_a_receipt_that_is_not_the_sites_own_is_not_kept(tmp_path: Path, key: Identity) -> None:
     other = Identity.open(tmp_path / "other.key")
     receipts = Receipts()
+    endless = make(key, 9).model_copy(update={"ancestors": ((1, "0" * 64),) * 65}).sealed(key)
     for fields in (
+        endless.model_dump(mode="json"),  # kept for ever, and sent to every site
         make(other, 9).model_dump(mode="json"),
         make(key, 9, "b").model_dump(mode="json"),
         {**make(key, 9).model_dump(mode="json"), "lines": 10},

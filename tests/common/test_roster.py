@@ -104,6 +104,10 @@ def test_two_sites_with_one_key_are_refused(roster: Roster, tmp_path: Path) -> N
         "{}",
         '{"name": "ward", "sites": {}}',
         '{"name": "", "sites": {"a": "KEY"}}',
+        '{"name": "ward\\u001b[2J", "sites": {"a": "KEY"}}',  # would rewrite what is compared
+        '{"name": "ward\\u202e", "sites": {"a": "KEY"}}',
+        '{"name": "ward\\n", "sites": {"a": "KEY"}}',
+        '{"name": "[/ward]", "sites": {"a": "KEY"}}',
         '{"name": "ward", "sites": {"a": "short"}}',
         '{"name": "ward", "sites": {"../a": "KEY"}}',
         '{"name": "ward", "sites": {"a": "KEY"}, "admin": true}',

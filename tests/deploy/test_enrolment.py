@@ -130,7 +130,7 @@ def test_one_kind_is_not_read_as_another(
     """Not even where the fields fit: the kind is signed."""
     path = tmp_path / "document.json"
     invite.write(path, coordinator)
-    with pytest.raises(EnrolmentError, match="is no admission but invite"):
+    with pytest.raises(EnrolmentError, match="is no admission but 'invite'"):
         Admission.read(path)
     signature = StudySignature(study="0" * 64, coordinator=coordinator.public)
 
@@ -188,6 +188,32 @@ def test_the_form_of_the_file_does_not_matter(
     raw["content"]["expires"] = invite.expires.isoformat()
     path.write_text(json.dumps(raw, indent=7))
     assert Invite.read(path) == invite
+
+
+def test_what_a_terminal_obeys_is_shown_not_done(tmp_path: Path) -> None:
+    path = tmp_path / "request.json"
+    path.write_text(json.dumps({"kind": "\x1b[2Jsite a; fingerprint of its key: ..."}))
+    with pytest.raises(EnrolmentError, match="is no enrolment request") as told:
+        EnrolmentRequest.read(path)
+    assert "\x1b" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("host", "c.example:8443"),
+        ("host", "192.0.2.1:8443"),
+        ("host", "::1::"),
+        ("expires", "2199-01-01T00:00:00"),  # of no zone: compared with now, it raised a TypeError
+    ],
+)
+def test_a_port_is_no_part_of_a_host_and_a_date_has_a_zone(
+    invite: Invite, field: str, value: str
+) -> None:
+    said = invite.model_dump(mode="json")
+    assert Invite.model_validate({**said, "host": "2001:db8::1"}).host == "2001:db8::1"
+    with pytest.raises(ValueError, match=field):
+        Invite.model_validate({**said, field: value})
 
 
 @pytest.mark.parametrize(

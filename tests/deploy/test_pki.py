@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from base64 import b64encode
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -140,6 +141,39 @@ def test_a_tampered_signing_request_is_refused(authority: Authority) -> None:
     for text in ("", "nonsense", sound[:200], pki.new_key()):
         with pytest.raises(CertificateError, match="holds no signing request"):
             authority.issue_site(text, "a")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("06072a8648ce3d0201", "06072a8648ce3d027f"),  # a key of no known kind
+        ("06052b81040022", "06052b8104007f"),  # on no known curve
+        ("06052b81040022", "06052b81040023"),  # on a curve that it does not lie on
+        ("020100", "020109"),  # of no known version
+    ],
+)
+def test_a_signing_request_that_the_library_does_not_know_is_refused(
+    authority: Authority, old: str, new: str
+) -> None:
+    sound = x509.load_pem_x509_csr(pki.signing_request(pki.new_key(), "a").encode())
+    der = sound.public_bytes(serialization.Encoding.DER)
+    changed = der.replace(bytes.fromhex(old), bytes.fromhex(new), 1)
+    assert changed != der
+    pem = f"-----BEGIN CERTIFICATE REQUEST-----\n{b64encode(changed).decode()}\n"
+    with pytest.raises(CertificateError, match="holds no signing request"):
+        authority.issue_site(f"{pem}-----END CERTIFICATE REQUEST-----\n", "a")
+
+
+@pytest.mark.parametrize("name", ["x" * 65, "é" * 40])
+def test_a_long_name_is_cut_where_x509_ends_and_whole_where_it_counts(
+    name: str, tmp_path: Path
+) -> None:
+    authority = Authority.create(tmp_path, name)
+    host = "a" * 40 + "." + "b" * 40 + ".example"
+    server = authority.issue_server(pki.new_key(), [host])
+    assert pki.issued_by(server, authority.pem)
+    assert Facts.of(server).names == (host,)
+    assert Facts.of(authority.pem).names == (name.encode()[:64].decode(),)
 
 
 def test_belonging_and_descent(authority: Authority, tmp_path: Path) -> None:

@@ -109,6 +109,36 @@ def test_what_is_published_is_described_as_most_sites_do(world: Any) -> None:
     assert described.encoders == {"age": "demographics"}
 
 
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"slm": {}},
+        {"slm": {"name": "nano"}},
+        {"slm": {"name": "nano", "sha256": "00", "parameters": "many"}},
+        {"slm": {"name": "nano\ud800", "sha256": "00"}},
+        {"slm": {"name": "nano\n# A heading", "sha256": "00"}},
+        {"dims": {}},
+    ],
+    ids=ascii,
+)
+def test_what_cannot_be_published_is_not_ready(world: Any, lie: dict[str, Any]) -> None:
+    """Where no two sites agree the first one is believed, and the study ended unpublished."""
+    act = world.sites._act
+
+    def changed(request: Request, arrays: Any) -> Any:
+        body, out = act(request, arrays)
+        if request.kind == "prepare":
+            said = lie if request.site == "alpha" else {"bytes": request.site}
+            body["spec"] = {**body["spec"], **said}
+        return body, out
+
+    world.sites._act = changed
+    finished = world.federation().run()
+    assert finished.progress.refused == {"alpha": "answer-invalid"}
+    described = report.build(finished)
+    publish.write(world.folder / "out", finished.study, finished.adapter, finished.spec, described)
+
+
 @pytest.mark.parametrize("damage", ["shape", "more", "nan"])
 def test_an_initial_adapter_that_does_not_fit_is_another_sites(world: Any, damage: str) -> None:
     def change(_: dict[str, Any], out: dict[str, Any]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from base64 import b64decode, b64encode
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from deploy.coordinator import enrol, front
 from deploy.coordinator.cli import app
 from deploy.coordinator.enrol import Register
 from deploy.coordinator.layout import CoordinatorError, CoordinatorFolder
+from deploy.coordinator.superlink import SuperLink
 from deploy.enrolment import Admission, EnrolmentError, EnrolmentRequest, Invite, fingerprint
 from deploy.pki import CertificateError, Facts
 from simulations import bundle
@@ -164,6 +167,11 @@ def test_keys_of_another_site_are_refused(
             b.request(invite, node_key="ecdsa-sha2-nistp384 AAAA"),
             tmp_path / "out.json",
         )
+    raw = bytearray(b64decode(pki.openssh_public(b.node).split()[1]))
+    raw[-97] = 2  # what follows is said to be a compressed point
+    pressed = f"ecdsa-sha2-nistp384 {b64encode(raw).decode()}"
+    with pytest.raises(CoordinatorError, match="node key of the request does not parse"):
+        enrol.enrol(folder, b.request(invite, node_key=pressed), tmp_path / "out.json")
     with pytest.raises(CertificateError, match="no signing request"):
         enrol.enrol(folder, b.request(invite, signing_request="x"), tmp_path / "out.json")
     assert set(admitted(folder)) == {"a"}
@@ -186,7 +194,59 @@ def test_new_keys_replace_old_ones(
     assert old.node_header not in (folder.nginx / "nginx.conf").read_text()
 
 
+def test_a_node_key_that_was_given_up_is_refused(
+    folder: CoordinatorFolder, hospital: Joining, tmp_path: Path
+) -> None:
+    """Flower takes none again that it has unregistered: who brought one would spoil the rest."""
+    old, out = hospital("a").admitted(folder), tmp_path / "out.json"
+    node = pki.openssh_public(old.node)
+    kept = hospital("kept").request(enrol.invite(folder, "a", out), node_key=node)
+    enrol.enrol(folder, kept, out)  # new keys but this one, which never stopped
+    new = hospital("new")
+    enrol.enrol(folder, new.request(enrol.invite(folder, "a", out)), out)
+    enrol.revoke(folder, "a")
+    for name, key in (("a", node), ("b", node), ("b", pki.openssh_public(new.node))):
+        invite = enrol.invite(folder, name, out)
+        with pytest.raises(EnrolmentError, match="was in use once and given up"):
+            enrol.enrol(folder, hospital(f"{name}{key[-9:-4]}").request(invite, node_key=key), out)
+    assert Register.read(folder).sites == {}
+
+
 # -- renewal and revocation ----------------------------------------------------------------------
+
+
+def test_a_revocation_that_was_cut_short_is_given_again(
+    folder: CoordinatorFolder, hospital: Joining, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the register has forgotten a site that the front still admits."""
+    hospital("a").admitted(folder)
+    with monkeypatch.context() as patched:
+        patched.setattr(front, "write", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        with pytest.raises(OSError, match="full"):
+            enrol.revoke(folder, "a")
+    assert set(admitted(folder)) == {"a"}
+    enrol.revoke(folder, "a")
+    assert admitted(folder) == {}
+
+
+def test_a_front_that_fails_leaves_the_superlink_told(
+    folder: CoordinatorFolder, hospital: Joining, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hospital("a").admitted(folder)
+    told = []
+
+    class Told:
+        def reconcile(self, keys: dict[str, bytes]) -> None:
+            told.append(keys)
+
+    def stuck(_: CoordinatorFolder) -> bool:
+        raise CoordinatorError("the front has not taken its new configuration")
+
+    monkeypatch.setattr(front, "reload", stuck)
+    monkeypatch.setattr(SuperLink, "connected", lambda _: nullcontext(Told()))
+    with folder.serving(), pytest.raises(CoordinatorError, match="has not taken"):
+        run("revoke", "a", "-C", folder.root)
+    assert told == [{}]
 
 
 def test_a_renewed_certificate_stands_beside_the_old_one(
@@ -242,6 +302,19 @@ def test_the_servers_certificate_is_renewed(folder: CoordinatorFolder) -> None:
     assert folder.server_key.stat().st_mode & 0o077 == 0
 
 
+def test_a_server_that_cannot_be_certified_keeps_what_it_has(folder: CoordinatorFolder) -> None:
+    files = (folder.server_key, folder.server_certificate, folder.config_file)
+    before = [path.read_text() for path in files]
+    (folder.root / "ca.key").rename(folder.root / "away")
+    with pytest.raises(CertificateError, match="no certificate authority"):
+        enrol.renew_server(folder, hosts=["new.example"], new_key=True)
+    assert [path.read_text() for path in files] == before
+    (folder.root / "away").rename(folder.root / "ca.key")
+    folder.server_key.unlink()
+    enrol.renew_server(folder)
+    assert pki.belongs(folder.server_certificate.read_text(), folder.server_key.read_text())
+
+
 def test_a_damaged_register_changes_nothing(
     folder: CoordinatorFolder, hospital: Joining, tmp_path: Path
 ) -> None:
@@ -294,7 +367,10 @@ def test_the_way_from_nothing_to_an_admitted_site(hospital: Joining, tmp_path: P
     said = run("init", root, "--host", "c.example", "--host", "192.0.2.7", "--port", 9001)
     folder = CoordinatorFolder.at(root)
     assert fingerprint(folder.identity().public) in said
-    assert "ca.key" in said
+    assert said.partition("encrypted: ")[2].splitlines()[0].split() == sorted(
+        (p.name for p in root.iterdir() if p.is_file() and p.name != "ca.crl"),
+        key=folder.kept.index,
+    )
     where = ("-C", root)
     said = run("invite", "a", "--out", tmp_path / "a.json", *where)
     assert fingerprint(folder.identity().public) in said
@@ -338,7 +414,7 @@ def test_a_changed_request_is_refused(
         run("enrol", path, "--yes", "-C", folder.root)
 
 
-@pytest.mark.parametrize("host", ["bad host", "a;b", "*.example"])
+@pytest.mark.parametrize("host", ["bad host", "a;b", "*.example", "c.example:8443"])
 def test_a_host_that_is_none_is_refused(host: str, tmp_path: Path) -> None:
     with pytest.raises(CoordinatorError, match="hosts"):
         run("init", tmp_path / "c", "--host", host)

@@ -216,6 +216,10 @@ def test_a_failure_is_told(folder: CoordinatorFolder, done: Path) -> None:
     (done / "failed.json").write_text('{"code": "x", "reason": "too few sites", "cure": ""}')
     found = runs.outcome(folder, "run")
     assert (found.state, found.detail) == ("failed", "too few sites")
+    (done / "failed.json").write_text('{"reason": "no [red] in [/x]"}')  # rich would read it
+    said = CliRunner().invoke(app, ["status", "-C", str(folder.root)])
+    assert said.exit_code == 0
+    assert "[red]" in said.output
     shutil.rmtree(done)
     with pytest.raises(FedwardError, match="there is no run 'run'"):
         runs.outcome(folder, "run")

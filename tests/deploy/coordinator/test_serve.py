@@ -18,9 +18,10 @@ import pytest
 
 from deploy import pki
 from deploy.coordinator import enrol, front, runs
+from deploy.coordinator.enrol import Register
 from deploy.coordinator.layout import CoordinatorError, CoordinatorFolder
 from deploy.coordinator.serve import Child, Coordinator
-from deploy.coordinator.superlink import SuperLink, SuperLinkError, healthy
+from deploy.coordinator.superlink import NodeKeyError, SuperLink, SuperLinkError, healthy
 from tests.deploy.coordinator.ward import Joining, Served, ended, hello, started, until
 
 
@@ -129,6 +130,19 @@ def test_nobody_to_ask(folder: CoordinatorFolder) -> None:
         superlink.nodes()
 
 
+def test_this_machine_is_not_asked_for_at_a_proxy(
+    folder: CoordinatorFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        for name in ("no_proxy", "NO_PROXY"):  # programs mind the lower case first
+            monkeypatch.setenv(name, "intranet.example")
+        test_nobody_to_ask(folder)
+        proxy.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            proxy.accept()
+
+
 def test_restarts_are_spaced_and_forgiven() -> None:
     starts = []
 
@@ -169,6 +183,35 @@ def test_register_and_superlink_agree_after_a_change_while_it_was_down(
         assert {s["request"]["site"] for s in _sites(folder).values()} == {"b", "c"}
     finally:
         assert ended(process) == 0
+
+
+def test_an_older_register_keeps_nobody_else_away(
+    folder: CoordinatorFolder, hospital: Joining
+) -> None:
+    """It names a node that Flower has unregistered, and takes no more."""
+    hospital("a").admitted(folder)
+    old = folder.sites.read_text()
+    process = started(folder, "--no-nginx")
+    try:
+        keys = Register.read(folder).node_keys()
+        with SuperLink.connected(folder) as superlink:
+            superlink.reconcile({})
+        site = hospital("b").admitted(folder)
+        keys["b"] = front.node_public(pki.openssh_public(site.node))
+        with (
+            pytest.raises(NodeKeyError, match="that of a was unregistered"),
+            SuperLink.connected(folder) as superlink,
+        ):
+            superlink.reconcile(keys)
+        with SuperLink.connected(folder) as superlink:
+            assert [node.public_key for node in superlink.nodes()] == [keys["b"]]
+    finally:
+        assert ended(process) == 0
+    folder.sites.write_text(old)
+    (folder.root / "serve.log").unlink()
+    process = started(folder, "--no-nginx")
+    assert "Flower takes no node key twice" in (folder.root / "serve.log").read_text()
+    assert ended(process) == 0
 
 
 def test_a_folder_is_served_from_its_backup(
