@@ -203,8 +203,8 @@ class Chain:
         os.replace(partial, self._head)
 
     def _kept_receipts(self) -> list[Receipt]:
-        head = self._head.read_text().strip() if self._head.exists() else None
-        kept = self._receipts.read_text().split("\n") if self._receipts.exists() else []
+        head = self._head.read_text(errors="replace").strip() if self._head.exists() else None
+        kept = self._receipts.read_text(errors="replace").split("\n") if self._receipts.exists() else []
         found = []
         for text in [*kept, *([head] if head is not None else [])]:
             try:

@@ -16,9 +16,11 @@ import json
 import os
 import shutil
 import sqlite3
+import stat
 import struct
 import tarfile
 import tempfile
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,7 +43,7 @@ from common.privacy.chain import sync_folder
 from common.privacy.receipts import Receipt
 from deploy.enrolment import EnrolmentRequest
 from deploy.site.layout import LayoutError, SiteFolder
-from deploy.site.setup import Owners, keep_owner
+from deploy.site.setup import Owners, insist_usual, keep_owner, pause, paused_path
 from simulations import bundle
 
 HEAD = "ledger.head"
@@ -220,7 +222,7 @@ def backup(root: Path, destination: Path, passphrase: str, *, with_vault: bool =
         BackupError: Nothing was written.
     """
     folder = SiteFolder(root)
-    _insist_usual(folder)
+    insist_usual(folder)
     if not passphrase:
         raise BackupError("the passphrase is empty", cure="give one of at least five random words")
     if destination.exists():
@@ -252,16 +254,6 @@ def backup(root: Path, destination: Path, passphrase: str, *, with_vault: bool =
     return contents
 
 
-def _insist_usual(folder: SiteFolder) -> None:
-    """A configuration that keeps state elsewhere would make a backup that lacks it."""
-    sites = DaemonConfig.load(folder.config_file).sites
-    if [site.state.resolve() for site in sites] != [folder.state.resolve()]:
-        raise BackupError(
-            f"{folder.config_file} keeps its state outside {folder.state}",
-            cure='back up by hand as docs/backup.md says, or put `state = "state"` there',
-        )
-
-
 def _write_tar(stream: io.RawIOBase, folder: SiteFolder, with_vault: bool) -> dict[str, str]:
     hashes: dict[str, str] = {}
     with tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT) as tar:
@@ -276,8 +268,9 @@ def _write_tar(stream: io.RawIOBase, folder: SiteFolder, with_vault: bool) -> di
         with _ledger_at_rest(folder):
             for name in _PLAIN:
                 path = folder.root / name
-                if path.exists():
-                    data, there = path.read_bytes(), path.stat()
+                if os.path.lexists(path):
+                    with _own(path) as file:
+                        there, data = os.fstat(file.fileno()), file.read()
                     add(name, io.BytesIO(data), len(data), there.st_mode, there.st_mtime)
         if with_vault:
             for name in _VAULT:
@@ -289,6 +282,14 @@ def _write_tar(stream: io.RawIOBase, folder: SiteFolder, with_vault: bool) -> di
         info.size = len(manifest)
         tar.addfile(info, io.BytesIO(manifest))
     return hashes
+
+
+def _own(path: Path) -> IO[bytes]:
+    """The file itself, to be read. The relay's user could lay a link to a file of patients into
+    `relay/`, and a restore would hand its content over."""
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise BackupError(f"{path} is a link, or no file", cure="put the file itself there")
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW))
 
 
 class _Hashing(io.RawIOBase):
@@ -413,7 +414,8 @@ def restore(
     replace: bool = False,
     owners: Owners | None = None,
 ) -> Restored:
-    """Makes a site's folder from an archive, after all of it was checked.
+    """Makes a site's folder from an archive, after all of it was checked. The site is paused: only
+    receipts that others keep can tell that a ledger is an old one.
 
     Args:
         replace: Moves a folder that is there aside, and keeps what it knows of later lines.
@@ -439,12 +441,17 @@ def restore(
         owners = owners or Owners.of(old)
     root.parent.mkdir(parents=True, exist_ok=True)
     made = SiteFolder(Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent)))
-    aside = root.with_name(f"{root.name}.replaced-{datetime.now(UTC):%Y%m%dT%H%M%S}")
+    aside = root.with_name(f"{root.name}.replaced-{datetime.now(UTC):%Y%m%dT%H%M%S%f}")
     try:
         _extract(archive, passphrase, made)
         lacking = _keep_evidence(old, made) if occupied else _lacking(made.state)
+        if not paused_path(made).exists():
+            pause(made.root, f"restored from {archive}: compare it with every receipt first")
         config = made.relay.config()
-        made.relay.configure(config.model_copy(update={"socket": old.socket}))
+        socket = _socket(made)
+        if socket.is_relative_to(made.root):
+            socket = root / socket.relative_to(made.root)
+        made.relay.configure(config.model_copy(update={"socket": socket}))
         (owners or Owners()).apply(made)
         if occupied:
             os.rename(root, aside)
@@ -474,7 +481,7 @@ def restore_missing(archive: Path, root: Path, passphrase: str, names: tuple[str
             raise BackupError(
                 f"{archive} has no file '{name}'", cure=f"it has {', '.join(contents.files)}"
             )
-        if (folder.root / name).exists():
+        if os.path.lexists(folder.root / name):
             raise BackupError(
                 f"{folder.root / name} exists", cure="move it away if it is damaged; keep it"
             )
@@ -514,7 +521,7 @@ def _extract(
 
 
 def _insist_stopped(folder: SiteFolder) -> None:
-    lock = Path(f"{folder.socket}.lock")
+    lock = Path(f"{_socket(folder)}.lock")
     if not lock.exists():
         return
     with lock.open("rb") as file:
@@ -524,6 +531,15 @@ def _insist_stopped(folder: SiteFolder) -> None:
             raise BackupError(
                 f"the daemon of {folder.root} runs", cure="stop it, and its relay, first"
             ) from None
+
+
+def _socket(folder: SiteFolder) -> Path:
+    """Where the daemon listens; the usual place if site.toml cannot be read."""
+    try:
+        named = tomllib.loads(folder.config_file.read_text())["socket"]
+        return folder.root / Path(str(named)).expanduser()
+    except (OSError, ValueError, KeyError, RuntimeError):  # the last: ~nobody
+        return folder.socket
 
 
 def _insist_older(folder: SiteFolder, contents: Contents) -> None:
@@ -558,7 +574,8 @@ def _keep_evidence(old: SiteFolder, made: SiteFolder) -> Receipt | None:
     before, after = old.state / _RECEIPTS, made.state / _RECEIPTS
     if before.exists():
         known = after.read_text() if after.exists() else ""
-        more = [line for line in before.read_text().split("\n") if line not in known.split("\n")]
+        held = before.read_text(errors="replace").split("\n")
+        more = [line for line in held if line not in known.split("\n")]
         if more:
             after.write_text("\n".join([known, *more, ""]))
             after.chmod(0o600)
@@ -583,7 +600,7 @@ def receipts_of(state: Path) -> list[Receipt]:
     """The genuine receipts that lie beside a ledger."""
     found = [_receipt(state / HEAD)]
     path = state / _RECEIPTS
-    for line in path.read_text().split("\n") if path.exists() else ():
+    for line in path.read_text(errors="replace").split("\n") if path.exists() else ():
         try:
             found.append(Receipt.model_validate_json(line))
         except ValueError:
@@ -631,4 +648,3 @@ def upgrade(root: Path, change: Upgrade) -> None:
     """Lets the relay run the installed version's code, and no other."""
     relay = SiteFolder(root).relay
     relay.configure(relay.config().model_copy(update={"bundle": change.after}))
-    keep_owner(relay.config_file, relay.key)

@@ -273,7 +273,8 @@ def restore(
         "coordinators\n"
         "2. if it says ledger-cut: docs/backup.md, `fedward site reconcile`\n"
         "3. erase again who was erased after the backup\n"
-        "4. make sure that no other machine runs this site"
+        "4. make sure that no other machine runs this site\n"
+        f"Then start it and, last, `fedward site unpause {folder}`: until then it charges nothing."
     )
 
 
@@ -304,7 +305,10 @@ def _passphrase(file: Path | None, *, confirm: bool = False) -> str:
         return asked
     if file.stat().st_mode & 0o077 and os.name == "posix":
         raise FedwardError(f"{file} can be read by others", cure=f"chmod 600 {file}")
-    return file.read_text().partition("\n")[0].rstrip("\r")
+    try:
+        return file.read_text().partition("\n")[0].rstrip("\r")
+    except UnicodeDecodeError:
+        raise FedwardError(f"{file} is no text", cure="write the passphrase in UTF-8") from None
 
 
 def _console() -> Console:

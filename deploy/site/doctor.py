@@ -45,11 +45,12 @@ from deploy import pki
 from deploy.enrolment import EnrolmentRequest, Invite
 from deploy.site.backup import receipts_of
 from deploy.site.gate import mutual_tls
-from deploy.site.layout import LayoutError, RelayConfig, SiteFolder
+from deploy.site.layout import LayoutError, RelayConfig, SiteFolder, pem
 from deploy.site.setup import (
     SOCKET_BYTES,
     certificate_problem,
     check_proxy,
+    insist_usual,
     invite_path,
     roster_path,
     site_identity,
@@ -95,7 +96,7 @@ class Visit:
     timeout: float = NETWORK_SECONDS
     config: DaemonConfig | None = None
     _relay: RelayConfig | None = field(default=None, repr=False)
-    clock_offset: float = 0.0
+    clock_offset: float | None = None
 
     @property
     def relay(self) -> RelayConfig:
@@ -312,6 +313,7 @@ def _configuration(visit: Visit) -> str:
             f"site.toml hosts {', '.join(names)}, but the site was enrolled as {visit.site}",
             cure="the name in [[sites]] is the one of the invite",
         )
+    insist_usual(visit.folder)
     return f"site '{visit.site}'"
 
 
@@ -333,6 +335,14 @@ def _permissions(visit: Visit) -> str:
                 cure=f"chmod {mode} {path}",
             )
     relay, state = folder.relay.root.stat().st_uid, folder.state.stat().st_uid
+    rules = (folder.config_file, folder.policy_file, roster_path(folder), invite_path(folder))
+    for path in (folder.root, *(path for path in rules if path.exists())):
+        there = path.stat()
+        if there.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or there.st_uid not in (0, state):
+            raise CheckFailed(
+                f"{path} may be changed by other users: they could write their own policy",
+                cure=f"chown --reference={folder.state} {path}; chmod go-w {path}",
+            )
     for path in (*folder.state.iterdir(), *(folder.state / "vault").glob("*")):
         if path.stat().st_uid != state:  # left by a command that root ran
             raise CheckFailed(
@@ -358,7 +368,14 @@ def _shard(visit: Visit) -> str:
     if not os.access(site.shard, os.R_OK | os.X_OK) and site.shard.exists():
         raise PermissionError(13, "Permission denied", str(site.shard))
     shard = Shard.open(site.shard)
-    return f"{site.shard} keeps the contract; tasks {', '.join(shard.tasks)}"
+    said = f"{site.shard} keeps the contract; tasks {', '.join(shard.tasks)}"
+    relay, state = visit.folder.relay.root.stat().st_uid, visit.folder.state.stat().st_uid
+    if relay != state and site.shard.stat().st_mode & stat.S_IXOTH:
+        raise CheckWarning(
+            f"{said}; every user of this machine may enter it, the relay's too",
+            cure=f"chmod o= {site.shard}; its group, the daemon's alone",
+        )
+    return said
 
 
 def _vault(visit: Visit) -> str:
@@ -481,6 +498,12 @@ def _relay_config(visit: Visit) -> str:
     relay = visit.relay
     if relay.site != visit.site:
         raise CheckFailed(f"relay.toml is of site '{relay.site}'", cure=f"write {visit.site}")
+    if visit.config and relay.socket != visit.config.socket:
+        raise CheckFailed(
+            f"relay.toml looks for the daemon at {relay.socket}, site.toml puts it at "
+            f"{visit.config.socket}",
+            cure="write the same socket in both, and restart both",
+        )
     return f"coordinator {relay.host}:{relay.port}"
 
 
@@ -491,11 +514,11 @@ def _certificate(visit: Visit) -> str:
             "the coordinator has not admitted this site yet",
             cure="send request.json to the coordinator; then `fedward site accept`",
         )
-    pem = relay.certificate.read_text()
-    facts = pki.Facts.of(pem)
-    if problem := certificate_problem(pem, facts, visit.folder, visit.invite):
+    certificate = pem(relay.certificate)
+    facts = pki.Facts.of(certificate)
+    if problem := certificate_problem(certificate, facts, visit.folder, visit.invite):
         raise CheckFailed(f"{relay.certificate} {problem}", cure="ask the coordinator to renew it")
-    authority = pki.Facts.of(relay.authority.read_text())
+    authority = pki.Facts.of(pem(relay.authority))
     for what, until in (("certificate", facts.not_after), ("authority", authority.not_after)):
         days = (until - datetime.now(UTC)).days
         if days < RENEW_DAYS:
@@ -589,8 +612,8 @@ def _mutual_tls(visit: Visit) -> str:
             cure="it was revoked, or another one is enrolled: ask the coordinator",
         )
     # Its date is cut to whole seconds, so that on average it is half a second old.
-    sent = response.headers.get("Date")
-    visit.clock_offset = now - parsedate_to_datetime(sent).timestamp() - 0.5 if sent else 0.0
+    if sent := response.headers.get("Date"):
+        visit.clock_offset = now - parsedate_to_datetime(sent).timestamp() - 0.5
     if response.status >= 500:
         raise CheckWarning(
             f"the coordinator's front answers, the SuperLink behind it does not "
@@ -602,6 +625,8 @@ def _mutual_tls(visit: Visit) -> str:
 
 def _clock(visit: Visit) -> str:
     offset = visit.clock_offset
+    if offset is None:
+        raise CheckWarning("the coordinator does not tell its time", cure="look at this clock")
     text = f"{abs(offset):.1f} s {'ahead of' if offset > 0 else 'behind'} the coordinator's"
     if offset > _AHEAD_SECONDS or offset < -_BEHIND_SECONDS:
         raise CheckFailed(

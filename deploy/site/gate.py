@@ -95,7 +95,8 @@ def application(folder: RelayFolder, config: RelayConfig, upstream: Upstream) ->
             outgoing = client.build_request(
                 "POST",
                 upstream.base + path,
-                headers=_kept(request.headers.items()),
+                # Compressed, a few bytes could unfold to more than this machine holds.
+                headers={**_kept(request.headers.items()), "accept-encoding": "identity"},
                 content=request.stream(),
             )
             answer = await client.send(outgoing, stream=True)
@@ -115,6 +116,10 @@ def application(folder: RelayFolder, config: RelayConfig, upstream: Upstream) ->
                 answer.status_code,
             )
             return Response(status_code=401)
+        if answer.headers.get("content-encoding", "identity") != "identity":
+            await answer.aclose()
+            log.error("%s: the coordinator's answer is compressed, which is refused", path)
+            return Response(status_code=502)
         if path == BUNDLE and answer.is_success:
             return await _bundle(answer, config.bundle)
         return StreamingResponse(

@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -22,7 +22,7 @@ import uvicorn
 from common.errors import FedwardError
 from deploy.pki import Facts, belongs, new_key, self_signed
 from deploy.site.gate import Upstream, application
-from deploy.site.layout import RelayConfig, RelayFolder
+from deploy.site.layout import RelayConfig, RelayFolder, pem
 from simulations.flower import environment, free_port, program
 
 log = logging.getLogger("fedward.relay")
@@ -57,7 +57,7 @@ def run(folder: Path) -> None:
 
 def _check(relay: RelayFolder) -> None:
     try:
-        certificate, key = relay.certificate.read_text(), relay.key.read_text()
+        certificate, key = pem(relay.certificate), pem(relay.key)
     except FileNotFoundError as error:
         raise JoinError(
             f"{error.filename} is not there: the coordinator has not admitted this site yet",
@@ -146,13 +146,26 @@ async def _keep_node(
         log.info("SuperNode started (process %d)", node.pid)
         try:
             assert node.stdout is not None
-            async for line in node.stdout:
+            async for line in _lines(node.stdout):
                 log.info("supernode: %s", line.decode(errors="replace").rstrip())
             code = await node.wait()
         finally:
             await _end(node)
         log.warning("SuperNode ended with %d; again in %.0f s", code, _AGAIN_SECONDS)
         await asyncio.sleep(_AGAIN_SECONDS)
+
+
+async def _lines(output: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    """The lines of the SuperNode; what a coordinator makes it print may be longer than the reader
+    holds, and is left out."""
+    while True:
+        try:
+            line = await output.readline()
+        except ValueError:
+            line = b"(the beginning of a very long line was left out)"
+        if not line:
+            return
+        yield line
 
 
 async def _end(node: asyncio.subprocess.Process) -> None:

@@ -14,6 +14,8 @@ Daemon and relay are different users of the operating system; the relay reads no
 from __future__ import annotations
 
 import os
+import stat
+import tempfile
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,9 +112,7 @@ class RelayFolder:
     def configure(self, config: RelayConfig) -> None:
         """Replaces relay.toml in one step."""
         fields = config.model_dump(mode="json", exclude_none=True)
-        temporary = self.config_file.with_name(f".relay.toml.{os.getpid()}")
-        temporary.write_text(tomli_w.dumps(fields))
-        os.replace(temporary, self.config_file)
+        install(self.config_file, tomli_w.dumps(fields), like=self.root)
 
 
 @dataclass(frozen=True)
@@ -144,3 +144,29 @@ class SiteFolder:
     @property
     def relay(self) -> RelayFolder:
         return RelayFolder(self.root / "relay")
+
+
+def pem(path: Path) -> str:
+    """A key or certificate; what is no text is read as an invalid one."""
+    return path.read_text(errors="replace")
+
+
+def install(path: Path, text: str, *, like: Path) -> None:
+    """Replaces a file in one step; it keeps its mode, a new one has 0600, and it then belongs to
+    the owner of `like`.
+
+    Root writes into folders of daemon and relay, whose users may lay links there: none is followed.
+    """
+    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+            if path.exists() and not path.is_symlink():
+                os.fchmod(file.fileno(), stat.S_IMODE(path.lstat().st_mode) & 0o666)
+            if os.geteuid() == 0:
+                there = like.lstat()
+                os.fchown(file.fileno(), there.st_uid, there.st_gid)
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise

@@ -6,6 +6,7 @@ leaves nothing in the way of the next one, and a key that exists is never writte
 
 from __future__ import annotations
 
+import contextlib
 import grp
 import json
 import os
@@ -22,13 +23,15 @@ from urllib.parse import urlsplit
 import tomli_w
 from cryptography.hazmat.primitives import serialization
 
+from client.site.daemon.config import ConfigError, DaemonConfig
 from client.site.daemon.state import PAUSED
 from client.site.encoders.vault import Vault
 from common.identity import Identity
+from common.privacy.policy import PolicyError
 from common.roster import Roster
 from deploy import pki
 from deploy.enrolment import Admission, EnrolmentError, EnrolmentRequest, Invite, fingerprint
-from deploy.site.layout import LayoutError, RelayConfig, RelayFolder, SiteFolder
+from deploy.site.layout import LayoutError, RelayConfig, RelayFolder, SiteFolder, install, pem
 from simulations import bundle
 
 SOCKET_BYTES = 100  # of a socket's path, as the daemon's configuration admits
@@ -328,13 +331,12 @@ def rejoin(root: Path, invite: Path) -> EnrolmentRequest:
         made.configure(config)
         for path in (made.root, *made.root.rglob("*")):
             keep_owner(path, folder.relay.root)
+        signed = Path(inside) / "request.json"
+        request.write(signed, identity)
         os.rename(folder.relay.root, aside)
         os.rename(made.root, folder.relay.root)
-    signed = folder.request.with_name(f".request.{os.getpid()}")
-    request.write(signed, identity)
-    _install(folder.request, signed.read_text(), like=folder.state)
-    signed.unlink()
-    _install(invite_path(folder), invite.read_text(), like=folder.state)
+        install(folder.request, signed.read_text(), like=folder.state)
+    install(invite_path(folder), invite.read_text(), like=folder.state)
     return request
 
 
@@ -370,23 +372,25 @@ def accept(root: Path, admission: Path) -> pki.Facts:
         raise EnrolmentError(
             f"the certificate in {admission} {wrong}", cure="ask the coordinator for another one"
         )
-    _install(folder.relay.certificate, answer.certificate, like=folder.relay.key)
+    install(folder.relay.certificate, answer.certificate, like=folder.relay.root)
     return facts
 
 
-def certificate_problem(pem: str, facts: pki.Facts, folder: SiteFolder, invite: Invite) -> str:
+def certificate_problem(
+    certificate: str, facts: pki.Facts, folder: SiteFolder, invite: Invite
+) -> str:
     """What keeps a certificate from being used; empty if nothing does."""
     relay = folder.relay
-    if not pki.belongs(pem, relay.key.read_text()):
+    if not pki.belongs(certificate, pem(relay.key)):
         return f"does not belong to {relay.key}"
-    if not pki.issued_by(pem, relay.authority.read_text()):
+    if not pki.issued_by(certificate, pem(relay.authority)):
         return "is not issued by the coordinator's authority"
     if facts.names != (invite.site,):
         return f"is for {', '.join(facts.names)}, not for {invite.site}"
     if not facts.not_before <= datetime.now(UTC) < facts.not_after:
         return f"is valid from {facts.not_before:%Y-%m-%d} to {facts.not_after:%Y-%m-%d} only"
     if relay.certificate.exists():
-        before = pki.Facts.of(relay.certificate.read_text())
+        before = pki.Facts.of(pem(relay.certificate))
         if facts.not_after < before.not_after:
             return f"ends before the one in use ({before.not_after:%Y-%m-%d})"
     return ""
@@ -436,28 +440,33 @@ def sign_roster(root: Path, roster: Roster, out: Path) -> Roster:
     signed = roster.signed(site, site_identity(folder))
     signed.write(out)
     if not signed.unsigned():
-        _install(roster_path(folder), signed.model_dump_json(indent=1), like=folder.state)
+        install(roster_path(folder), signed.model_dump_json(indent=1), like=folder.state)
         config = folder.config_file.read_text()
         if _NO_ROSTER in config:
-            _install(folder.config_file, config.replace(_NO_ROSTER, _ROSTER), like=folder.state)
+            install(folder.config_file, config.replace(_NO_ROSTER, _ROSTER), like=folder.state)
     return signed
-
-
-def _install(path: Path, text: str, *, like: Path) -> None:
-    """Replaces a file that is no secret in one step; it then belongs to the owner of `like`."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text)
-    if path.exists():
-        partial.chmod(stat.S_IMODE(path.stat().st_mode))
-    keep_owner(partial, like)
-    os.replace(partial, path)
 
 
 def keep_owner(path: Path, like: Path) -> None:
     """Gives a file that root wrote to the owner of another one."""
     if os.geteuid() == 0:
-        there = like.stat()
-        os.chown(path, there.st_uid, there.st_gid)
+        there = like.lstat()
+        os.chown(path, there.st_uid, there.st_gid, follow_symlinks=False)
+
+
+def insist_usual(folder: SiteFolder) -> None:
+    """Makes sure that the daemon's state is the folder's own: a pause or backup of another one
+    would do nothing.
+
+    Raises:
+        FedwardError: It is not, or the configuration does not load.
+    """
+    sites = DaemonConfig.load(folder.config_file).sites
+    if [site.state.resolve() for site in sites] != [folder.state.resolve()]:
+        raise LayoutError(
+            f"{folder.config_file} keeps its state outside {folder.state}",
+            cure='put `state = "state"` there; how to back up by hand says docs/backup.md',
+        )
 
 
 def paused_path(folder: SiteFolder) -> Path:
@@ -470,13 +479,18 @@ def pause(root: Path, reason: str) -> None:
 
     Args:
         reason: For the people here; it never leaves the hospital.
+
+    Raises:
+        LayoutError: The daemon would not see the pause.
     """
     folder = SiteFolder(root)
     if not folder.state.is_dir():
         raise LayoutError(f"{root} is no site's folder", cure="give the folder of `site init`")
+    with contextlib.suppress(ConfigError, PolicyError):  # a mistake in it is no reason to go on
+        insist_usual(folder)
     since = datetime.now(UTC).isoformat(timespec="seconds")
     note = json.dumps({"since": since, "reason": reason})
-    _install(paused_path(folder), note, like=folder.state)
+    install(paused_path(folder), note, like=folder.state)
 
 
 def unpause(root: Path) -> bool:

@@ -638,8 +638,8 @@ def test_a_loss_is_remembered_whatever_fails(loss: Loss, monkeypatch: pytest.Mon
     site.ledger.compare(receipt)
     site.ledger = site.open()
     assert code_of(lambda: site.charge(2)) == "ledger-behind"
-    for damage in ("", "{", '{"site":"a"}'):
-        site.path.with_name("ledger.head").write_text(damage)
+    for damage in (b"", b"{", b'{"site":"a"}', b"\xff"):
+        site.path.with_name("ledger.head").write_bytes(damage)
         with pytest.raises(PrivacyError, match="is damaged"):
             site.open()
 

@@ -150,6 +150,7 @@ class Guard:
         work = ready(hospital, prepared, request, arrays)
         try:
             hospital.check_stopping()
+            hospital.not_paused()  # again: to make ready takes its time
             if not wanted():
                 raise Refusal("request-late", "nobody waits for the answer any more")
             hospital.ledger.charge(

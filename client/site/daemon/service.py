@@ -34,8 +34,11 @@ log = logging.getLogger("fedward.daemon")
 SERVICE = "fedward.Site"
 CALL, STATUS = f"/{SERVICE}/Call", f"/{SERVICE}/Status"
 UNLIMITED = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+"""For whoever calls: an answer is as large as the adapter."""
+_REQUEST_BYTES = 2**30  # it is held in memory before anybody can ask who signed it
 _SOCKET_BYTES = 107  # of a Unix socket's path on Linux
 _GRACE_SECONDS = 5.0
+_SPARE_THREADS = 4
 
 
 class SocketError(FedwardError):
@@ -68,8 +71,16 @@ class Daemon:
         self._active, self._last = 0, time.monotonic()
         self._mutex = threading.Lock()
         # Calls wait in line for the bench; there must be threads left for Status and short ones.
-        pool = ThreadPoolExecutor(2 * len(config.sites) + 14, thread_name_prefix="site")
-        self._server = grpc.server(pool, options=UNLIMITED)
+        threads = 2 * len(config.sites) + 14
+        self._most = threads - _SPARE_THREADS
+        self._server = grpc.server(
+            ThreadPoolExecutor(threads, thread_name_prefix="site"),
+            options=[
+                ("grpc.max_send_message_length", -1),
+                ("grpc.max_receive_message_length", _REQUEST_BYTES),
+            ],
+            maximum_concurrent_rpcs=2 * threads,  # more is an attack, and is turned away
+        )
         self._server.add_generic_rpc_handlers((self._handlers(),))
 
     def __enter__(self) -> Daemon:
@@ -106,7 +117,9 @@ class Daemon:
 
     def _handlers(self) -> grpc.GenericRpcHandler:
         def call(packed: bytes, context: grpc.ServicerContext) -> bytes:
-            with self._counted():
+            with self._counted() as active:
+                if active > self._most:  # a request that is repeated waits in line each time
+                    context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many calls at once")
                 return self.guard.call(packed, context.is_active)
 
         def status(_: bytes, __: Any) -> bytes:
@@ -120,11 +133,13 @@ class Daemon:
         )
 
     @contextmanager
-    def _counted(self) -> Iterator[None]:
+    def _counted(self) -> Iterator[int]:
+        """Calls that are being worked on, this one included."""
         with self._mutex:
             self._active += 1
+            active = self._active
         try:
-            yield
+            yield active
         finally:
             with self._mutex:
                 self._active -= 1

@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 import pytest
 
+from client.site.daemon import guard
 from client.site.daemon.config import SiteConfig
 from client.site.daemon.service import CALL, Daemon, SocketError
 from client.site.daemon.state import PAUSED
@@ -43,6 +44,23 @@ def test_a_paused_site_charges_nothing_and_goes_on_afterwards(ward_module: Any, 
     assert again == first
     paused.unlink()
     assert world.ask(world.request("train", study, 2), start)[0].refusal is None
+
+
+def test_a_pause_while_a_round_is_made_ready_still_comes_in_time(
+    ward_module: Any, world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = ward_module.make_study()
+    start = world.prepared(study)
+    ready = guard.ready
+
+    def paused_meanwhile(*parts: Any) -> Any:
+        work = ready(*parts)
+        (world.hospitals["a"].state / PAUSED).write_text("{}")
+        return work
+
+    monkeypatch.setattr(guard, "ready", paused_meanwhile)
+    assert world.ask(world.request("train", study, 1), start)[0].refusal == "site-paused"
+    assert world.charges() == []
 
 
 def test_what_nobody_waits_for_is_not_charged(ward_module: Any, world: Any) -> None:

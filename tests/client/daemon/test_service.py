@@ -10,13 +10,14 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
+from client.site.daemon import service
 from client.site.daemon import work as work_module
 from client.site.daemon.config import ConfigError, DaemonConfig
 from client.site.daemon.service import CALL, STATUS, UNLIMITED, Daemon, SocketError, serve
@@ -75,6 +76,41 @@ def test_the_same_request_twice_at_once_is_charged_once(ward_module: Any, tmp_pa
         answers = list(pool.map(lambda site: world.send(requests[site], initial[site]), "abababab"))
     assert len(set(answers)) == 2
     assert [len(world.charges(site)) for site in "ab"] == [1, 1]
+
+
+def test_a_message_that_is_too_large_is_turned_away(
+    world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever reaches the socket must not fill the memory; the daemon goes on for others."""
+    monkeypatch.setattr(service, "_REQUEST_BYTES", 2**20)
+    with Daemon(world.config):
+        with pytest.raises(grpc.RpcError, match="RESOURCE_EXHAUSTED"):
+            call(world.config.socket, bytes(2**20 + 1))
+        assert json.loads(call(world.config.socket, b"", STATUS))[0]["site"] == "a"
+
+
+def test_a_request_repeated_many_times_leaves_room_for_others(ward_module: Any, world: Any) -> None:
+    """While a round is computed, a relay repeats a genuine request; it is charged once."""
+    study = ward_module.make_study()
+    packed = world.coordinator.seal(world.request("train", study, 1), world.prepared(study)).pack()
+    prepare = world.coordinator.seal(world.request("prepare", study)).pack()
+
+    def code() -> str:
+        try:
+            call(world.config.socket, packed)
+        except grpc.RpcError as error:
+            return str(error.code().name)
+        return "OK"
+
+    with Daemon(world.config) as daemon, ThreadPoolExecutor(30) as pool:
+        call(world.config.socket, prepare)
+        with daemon.hospitals["a"].bench.lock:
+            repeated = [pool.submit(code) for _ in range(25)]
+            done, _ = wait(repeated, 30, FIRST_COMPLETED)
+            assert {each.result() for each in done} == {"RESOURCE_EXHAUSTED"}
+            assert json.loads(call(world.config.socket, b"", STATUS))[0]["site"] == "a"
+        assert {each.result() for each in repeated} == {"OK", "RESOURCE_EXHAUSTED"}
+    assert len(world.charges()) == 1
 
 
 def test_socket_in_use_and_socket_left_behind(world: Any) -> None:

@@ -24,7 +24,8 @@ from common.identity import Identity
 from common.privacy.book import Book
 from common.privacy.ledger import Ledger
 from deploy.site import backup as backups
-from deploy.site.backup import Header, backup, inspect, restore, restore_missing
+from deploy.site import setup
+from deploy.site.backup import Header, backup, inspect, receipts_of, restore, restore_missing
 from deploy.site.layout import SiteFolder
 from simulations import bundle
 
@@ -92,9 +93,9 @@ def test_what_was_backed_up_comes_back_byte_for_byte(
     left_out = {name for name in before if name.startswith("state/vault/")}
     assert before.keys() - after.keys() == left_out
     changed = {name for name in after if before.get(name) != after[name]}
-    assert changed == {"relay/relay.toml"}
+    assert changed == {"relay/relay.toml", "state/paused"}
     assert there.relay.config().socket == there.socket
-    for name in after:
+    for name in after.keys() & before.keys():
         assert (there.root / name).stat().st_mode == (site.root / name).stat().st_mode, name
     for folder in (there.state, there.relay.root, there.root):
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -214,6 +215,17 @@ def test_a_state_kept_elsewhere_is_not_half_backed_up(life: Life, tmp_path: Path
         backup(life.site.root, tmp_path / "b", WORDS)
 
 
+def test_a_link_of_the_relay_is_not_followed(life: Life, tmp_path: Path) -> None:
+    """A restore would give the relay's user what the link names."""
+    patients = tmp_path / "records.parquet"
+    patients.write_text("patients")
+    life.site.relay.authority.unlink()
+    life.site.relay.authority.symlink_to(patients)
+    with pytest.raises(FedwardError, match="is a link"):
+        backup(life.site.root, tmp_path / "b", WORDS)
+    assert not (tmp_path / "b").exists()
+
+
 def test_ledger_and_head_are_of_one_moment(life: Life, tmp_path: Path) -> None:
     """While a writer holds the ledger, a backup waits."""
     with life.path.open("rb") as file:
@@ -275,11 +287,40 @@ def test_another_sites_ledger_is_not_replaced(
 
 
 def test_a_running_daemon_is_not_replaced(life: Life, archive: Path) -> None:
-    with open(f"{life.site.socket}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(FedwardError, match="runs"):
-            restore(archive, life.site.root, WORDS, replace=True)
+    config = life.site.config_file
+    usual, elsewhere = config.read_text(), life.site.root.parent / "daemon.sock"
+    for socket in (life.site.socket, elsewhere):
+        config.write_text(usual.replace('"run/daemon.sock"', f'"{socket}"'))
+        with open(f"{socket}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with pytest.raises(FedwardError, match="runs"):
+                restore(archive, life.site.root, WORDS, replace=True)
+    config.write_text(usual)
     assert restore(archive, life.site.root, WORDS, replace=True).lacking is None
+
+
+def test_a_restored_site_is_paused_until_a_person_has_compared_it(
+    life: Life, archive: Path, tmp_path: Path
+) -> None:
+    """An older ledger looks whole: only receipts that others keep can tell."""
+    restore(archive, tmp_path / "there", WORDS)
+    note = json.loads((tmp_path / "there" / "state" / "paused").read_text())
+    assert "receipt" in note["reason"]
+    setup.pause(life.site.root, "driver update")
+    backup(life.site.root, tmp_path / "b", WORDS)
+    restore(tmp_path / "b", tmp_path / "again", WORDS)
+    note = json.loads((tmp_path / "again" / "state" / "paused").read_text())
+    assert note["reason"] == "driver update"
+
+
+def test_a_socket_that_lies_elsewhere_is_found_by_the_restored_relay(
+    life: Life, tmp_path: Path
+) -> None:
+    config, elsewhere = life.site.config_file, tmp_path / "daemon.sock"
+    config.write_text(config.read_text().replace('"run/daemon.sock"', f'"{elsewhere}"'))
+    backup(life.site.root, tmp_path / "b", WORDS)
+    restore(tmp_path / "b", tmp_path / "there", WORDS)
+    assert SiteFolder(tmp_path / "there").relay.config().socket == elsewhere
 
 
 def test_a_newer_archive_replaces_and_the_old_folder_is_kept(life: Life, tmp_path: Path) -> None:
@@ -324,6 +365,25 @@ def test_receipts_that_others_showed_are_kept(life: Life, archive: Path, tmp_pat
     done = restore(archive, life.site.root, WORDS, replace=True)
     assert done.lacking is not None
     assert done.lacking.lines == life.lines + 5
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("site.toml", b'socket = "~no-such-user/daemon.sock"'),
+        ("site.toml", b"\xff"),
+        ("state/ledger.receipts", b"\xff"),
+        ("state/ledger.head", b"\xff"),
+        ("relay/relay.toml", b"\xff"),
+    ],
+)
+def test_whatever_is_damaged_is_replaced(
+    life: Life, archive: Path, name: str, damage: bytes
+) -> None:
+    (life.site.root / name).write_bytes(damage)
+    restore(archive, life.site.root, WORDS, replace=True)
+    assert DaemonConfig.load(life.site.config_file).socket == life.site.relay.config().socket
+    assert receipts_of(life.site.state)
 
 
 def test_a_restore_that_fails_halfway_puts_the_folder_back(

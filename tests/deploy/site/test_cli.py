@@ -145,6 +145,13 @@ def test_a_passphrase_that_others_can_read_is_refused(
         fedward("site", "backup", site.root, tmp_path / "b", "--passphrase-file", passphrase)
 
 
+def test_a_passphrase_that_is_no_text_is_refused(site: SiteFolder, passphrase: Path) -> None:
+    passphrase.write_bytes(b"\xff\xfe")
+    archive = site.root.parent / "b"
+    with pytest.raises(FedwardError, match="is no text"):
+        fedward("site", "backup", site.root, archive, "--passphrase-file", passphrase)
+
+
 def test_upgrade_asks(site: SiteFolder) -> None:
     assert "nothing to do" in fedward("site", "upgrade", site.root)
     right = site.relay.config()

@@ -373,6 +373,44 @@ def test_what_other_users_can_read(site: SiteFolder) -> None:
         assert "belongs to another user" in one(site, "permissions").text
 
 
+def test_what_other_users_can_write(site: SiteFolder) -> None:
+    """Who writes policy.toml may name themselves an approver."""
+    for path in (site.root, site.policy_file, site.config_file):
+        before = path.stat().st_mode
+        path.chmod(before | 0o020)
+        finding = one(site, "permissions")
+        assert (finding.verdict, str(path) in finding.text) == ("fail", True)
+        path.chmod(before)
+    if os.geteuid() == 0:
+        os.chown(site.policy_file, 65534, 65534)
+        assert str(site.policy_file) in one(site, "permissions").text
+
+
+def test_a_state_or_socket_that_lies_elsewhere(site: SiteFolder) -> None:
+    usual = site.config_file.read_text()
+    site.config_file.write_text(usual.replace('state = "state"', 'state = "elsewhere"'))
+    assert "keeps its state outside" in one(site, "configuration").text
+    site.config_file.write_text(usual.replace("run/daemon.sock", "run/other.sock"))
+    finding = look(site, "configuration", "relay")["relay"]
+    assert finding.verdict == "fail"
+    assert "run/other.sock" in finding.text
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="one user owns all")
+def test_a_shard_that_the_relays_user_may_enter(
+    make_site: Callable[..., SiteFolder], shard: Path
+) -> None:
+    site, before = make_site(), shard.stat().st_mode
+    os.chown(site.relay.root, 65534, 65534)
+    try:
+        shard.chmod(0o755)
+        assert one(site, "shard").verdict == "warn"
+        shard.chmod(0o750)
+        assert one(site, "shard").verdict == "pass"
+    finally:
+        shard.chmod(before)
+
+
 def test_the_shard_names_table_and_column(
     make_site: Callable[..., SiteFolder], tmp_path: Path, shard: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import hashlib
 import logging
 import socket
@@ -188,6 +189,16 @@ def test_an_answer_that_is_too_long_is_cut_off(world: World) -> None:
         pytest.raises(httpx.RemoteProtocolError),
     ):
         client.post("/v1/fleet/pull-object")
+
+
+def test_an_answer_that_would_unfold_is_refused(world: World, client: httpx.Client) -> None:
+    """Twice compressed, 700 bytes are 300 MB."""
+    bomb = gzip.compress(gzip.compress(bytes(2**20)))
+    world.coordinator.answer = Response(bomb, headers={"content-encoding": "gzip, gzip"})
+    for call in ("pull-object", "get-fab"):
+        answer = client.post(f"/v1/fleet/{call}")
+        assert (answer.status_code, answer.content) == (502, b"")
+    assert {headers["accept-encoding"] for *_, headers in world.coordinator.asked} == {"identity"}
 
 
 def test_a_coordinator_that_is_not_there_is_told_as_unavailable(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import FedwardError
 from deploy import pki
 from deploy.site import join
 from deploy.site.layout import LayoutError, RelayConfig, RelayFolder
@@ -43,6 +44,13 @@ def test_without_admission_it_says_what_to_do(relay: RelayFolder) -> None:
         join.run(relay.root)
 
 
+@pytest.mark.parametrize("name", ["relay.key", "relay.crt"])
+def test_a_file_that_is_no_text_is_named_without_a_traceback(relay: RelayFolder, name: str) -> None:
+    (relay.root / name).write_bytes(b"\xff\xfe")
+    with pytest.raises(FedwardError):
+        join._check(relay)
+
+
 def test_a_certificate_for_another_key_is_refused(relay: RelayFolder) -> None:
     relay.key.write_text(pki.new_key())
     with pytest.raises(join.JoinError, match="is not for"):
@@ -60,6 +68,7 @@ def test_an_expired_certificate_is_refused(relay: RelayFolder) -> None:
 
 STUB = """#!{python}
 import os, sys, time
+print("x" * 200_000)  # more than a reader of lines holds
 print("node", os.getpid(), os.environ.get("HTTPS_PROXY"), os.environ["FEDWARD_SOCKET"], flush=True)
 time.sleep({lives})
 """

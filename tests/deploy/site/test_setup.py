@@ -328,6 +328,44 @@ def test_a_pause_is_a_file_of_the_state(site: SiteFolder, tmp_path: Path) -> Non
         setup.pause(tmp_path, "")
 
 
+def test_a_pause_that_the_daemon_would_not_see_is_refused(site: SiteFolder) -> None:
+    usual = site.config_file.read_text()
+    site.config_file.write_text(usual.replace('state = "state"', 'state = "elsewhere"'))
+    with pytest.raises(FedwardError, match="keeps its state outside"):
+        setup.pause(site.root, "")
+    assert not (site.state / "paused").exists()
+    site.config_file.write_text("a mistake")  # the daemon that runs has read the one before
+    setup.pause(site.root, "")
+    assert (site.state / "paused").exists()
+
+
+def test_no_link_of_the_relays_user_is_followed(
+    site: SiteFolder, coordinator: Any, tmp_path: Path
+) -> None:
+    """Root writes into `relay/`: what a link there names is neither written nor given away."""
+    victim = tmp_path / "victim"
+    victim.write_text("of root")
+    victim.chmod(0o600)
+
+    config, admission = site.relay.config(), coordinator.admit(site)
+    if os.geteuid() == 0:
+        os.chown(site.relay.root, 65534, 65534)
+    site.relay.certificate.unlink()
+    site.relay.config_file.unlink()
+    for name in (f".relay.crt.{os.getpid()}", f".relay.toml.{os.getpid()}", "relay.toml"):
+        (site.relay.root / name).symlink_to(victim)
+    setup.accept(site.root, admission)
+    assert site.relay.certificate.read_text().startswith("-----BEGIN CERTIFICATE")
+    site.relay.configure(config)
+    assert site.relay.config() == config
+    assert not site.relay.config_file.is_symlink()
+    assert stat.S_IMODE(site.relay.config_file.stat().st_mode) == 0o600
+    assert victim.read_text() == "of root"
+    assert (victim.stat().st_uid, stat.S_IMODE(victim.stat().st_mode)) == (os.getuid(), 0o600)
+    if os.geteuid() == 0:
+        assert site.relay.config_file.stat().st_uid == 65534
+
+
 def test_setting_up_needs_no_torch() -> None:
     code = (
         "import sys, deploy.site.cli, deploy.site.setup, deploy.site.backup, deploy.site.doctor;"
