@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common.errors import FedwardError, explain
+from common.files import write_atomically
 from common.identity import Identity, verify
 from common.privacy.fields import Hash
 from common.study import Name
@@ -112,6 +112,4 @@ class Roster(BaseModel):
 
     def write(self, path: Path) -> None:
         """Replaces the file in one step."""
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(self.model_dump_json(indent=1))
-        os.replace(temporary, path)
+        write_atomically(path, self.model_dump_json(indent=1), mode=0o644)

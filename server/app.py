@@ -16,6 +16,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from common.errors import FedwardError
+from common.files import write_atomically
 from common.fingerprint import code_hash
 from common.identity import Identity
 from common.privacy.receipts import Receipts
@@ -122,9 +123,7 @@ def _write_failure(out: Path, error: Exception) -> None:
         "reason": reason,
         "cure": getattr(error, "cure", ""),
     }
-    temporary = out / ".failed.json"
-    temporary.write_text(json.dumps(failure, indent=1))
-    os.replace(temporary, out / "failed.json")
+    write_atomically(out / "failed.json", json.dumps(failure, indent=1), mode=0o644)
 
 
 def _log_to_stdout() -> None:

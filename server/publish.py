@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
+from common.files import write_atomically
 from common.study import Study
 from server.card import LEDGERS, card, ledgers_text
 from server.report import Report
@@ -91,10 +92,8 @@ def add_ledgers(out: str | Path, report: Report) -> None:
 def _last_section(out: str | Path, title: str, text: str) -> None:
     """Writes a section at the end of the card, in place of an earlier one of that title."""
     path = Path(out) / "adapter" / "README.md"
-    partial = path.with_name(".README.md.partial")
     before = path.read_text().partition(f"\n## {title}\n")[0]
-    partial.write_text(f"{before}\n## {title}\n\n{text}")
-    os.replace(partial, path)
+    write_atomically(path, f"{before}\n## {title}\n\n{text}", mode=0o644)
 
 
 def _describe(

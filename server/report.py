@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from common.errors import FedwardError
+from common.files import write_atomically
 from common.privacy.pricing import epsilon_by_population
 from common.privacy.receipts import Receipt
 from common.study import Study
@@ -221,12 +221,8 @@ def build(finished: Finished) -> Report:
 def write(out: str | Path, report: Report) -> Path:
     """Writes `OUT/report.json`, whole or not at all; written last, its presence means completed."""
     path = Path(out) / "report.json"
-    partial = path.with_name(".report.json.partial")
-    with partial.open("w") as file:
-        file.write(json.dumps(report.model_dump(mode="json"), indent=2, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    text = json.dumps(report.model_dump(mode="json"), indent=2, allow_nan=False) + "\n"
+    write_atomically(path, text, mode=0o644)
     return path
 
 

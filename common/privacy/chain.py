@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from common.errors import PrivacyError
+from common.files import sync_folder, write_atomically
 from common.identity import Identity
 from common.privacy.book import Book, LedgerError
 from common.privacy.lines import KeyRotated, Line, Recovered, body_of, signed
@@ -194,17 +195,15 @@ class Chain:
         """Not while lines are missing: the head that says so must outlive this process."""
         if self.behind is not None or not self._compared:
             return
-        partial = self._head.with_name(".ledger.head.partial")
-        handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(handle, "w") as file:
-            file.write(self._receipt().model_dump_json())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self._head)
+        write_atomically(self._head, self._receipt().model_dump_json())
 
     def _kept_receipts(self) -> list[Receipt]:
         head = self._head.read_text(errors="replace").strip() if self._head.exists() else None
-        kept = self._receipts.read_text(errors="replace").split("\n") if self._receipts.exists() else []
+        kept = (
+            self._receipts.read_text(errors="replace").split("\n")
+            if self._receipts.exists()
+            else []
+        )
         found = []
         for text in [*kept, *([head] if head is not None else [])]:
             try:
@@ -247,15 +246,6 @@ class Chain:
 def now() -> str:
     """The time as lines state it: ISO 8601, UTC, milliseconds."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes a new file's name durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _write_all(file: int, data: bytes) -> None:

@@ -21,11 +21,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from common.errors import PrivacyError, Refusal
+from common.files import sync_folder
 from common.identity import Identity
 from common.messages import Request
 from common.privacy.accounts import StudyAccount, reserves, total
 from common.privacy.book import POPULATIONS, rotation
-from common.privacy.chain import Chain, now, sync_folder
+from common.privacy.chain import Chain, now
 from common.privacy.events import ReleaseEvent
 from common.privacy.fields import is_hash
 from common.privacy.lifetime import Commitment

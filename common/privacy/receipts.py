@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common.errors import FedwardError
+from common.files import write_atomically
 from common.identity import Identity, verify
 from common.privacy.fields import Hash
 
@@ -128,10 +128,8 @@ class Receipts:
     def _save(self) -> None:
         if self._path is None:
             return
-        partial = self._path.with_name(f".{self._path.name}.{os.getpid()}.partial")
         kept = [receipt.model_dump(mode="json") for receipt in self._kept.values()]
-        partial.write_text(json.dumps(kept, indent=1))
-        os.replace(partial, self._path)
+        write_atomically(self._path, json.dumps(kept, indent=1))
 
 
 def read_receipts(paths: Iterable[Path]) -> list[Receipt]:

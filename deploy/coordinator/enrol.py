@@ -18,12 +18,13 @@ from pathlib import Path
 from pydantic import AwareDatetime, BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from common.errors import explain
+from common.files import write_atomically
 from common.identity import Identity
 from common.roster import Roster
 from common.study import Name, unknown
 from deploy import pki
 from deploy.coordinator import front
-from deploy.coordinator.layout import Config, CoordinatorError, CoordinatorFolder, replace
+from deploy.coordinator.layout import Config, CoordinatorError, CoordinatorFolder
 from deploy.enrolment import Admission, EnrolmentError, EnrolmentRequest, Invite, Nonce
 from simulations import bundle
 
@@ -105,7 +106,7 @@ class Register(BaseModel):
     def publish(self, folder: CoordinatorFolder) -> None:
         """Writes what follows from the register: revocation list and front."""
         crl = pki.Authority.open(folder.root).revocations(self.revoked)
-        replace(folder.revocations, crl)
+        write_atomically(folder.revocations, crl)
         front.write(
             folder,
             [
@@ -127,7 +128,7 @@ def changed(folder: CoordinatorFolder) -> Iterator[Register]:
         register = Register.read(folder)
         yield register
         register.publish(folder)
-        replace(folder.sites, register.model_dump_json(indent=1))
+        write_atomically(folder.sites, register.model_dump_json(indent=1))
 
 
 # -- the federation ------------------------------------------------------------------------------
@@ -154,7 +155,7 @@ def init(root: Path, config: Config) -> CoordinatorFolder:
     Identity.open(folder.key)
     pki.write_secret(folder.superexec_secret, secrets.token_hex(32))
     register = Register()
-    replace(folder.sites, register.model_dump_json(indent=1))
+    write_atomically(folder.sites, register.model_dump_json(indent=1))
     folder.configure(config)
     register.publish(folder)
     return folder
@@ -188,8 +189,10 @@ def _certify_server(
 ) -> None:
     key = pki.new_key() if new_key else folder.server_key.read_text()
     certificate = authority.issue_server(key, config.names)
-    replace(folder.server_key, key)  # nothing is given up before there is something in its place
-    replace(folder.server_certificate, certificate)
+    write_atomically(
+        folder.server_key, key
+    )  # nothing is given up before there is something in its place
+    write_atomically(folder.server_certificate, certificate)
 
 
 # -- sites ---------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from jinja2 import Environment, StrictUndefined
 
-from deploy.coordinator.layout import CoordinatorError, CoordinatorFolder, replace
+from common.files import write_atomically
+from deploy.coordinator.layout import CoordinatorError, CoordinatorFolder
 
 _RELOAD_SECONDS = 20
 
@@ -69,7 +70,7 @@ def write(folder: CoordinatorFolder, entries: Iterable[Entry]) -> Path:
     for needed in (folder.nginx / "tmp", folder.logs):
         needed.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = folder.nginx / "nginx.conf"
-    replace(
+    write_atomically(
         path,
         text.render(
             entries=sorted(entries, key=lambda e: (e.site, e.serial)),

@@ -29,6 +29,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common.errors import FedwardError, explain
+from common.files import write_atomically
 from common.identity import Identity
 from common.roster import FederationName
 from deploy.enrolment import Host
@@ -167,7 +168,7 @@ class CoordinatorFolder:
         return Config.of(fields, origin=str(path))
 
     def configure(self, config: Config) -> None:
-        replace(self.config_file, tomli_w.dumps(config.model_dump(mode="json")))
+        write_atomically(self.config_file, tomli_w.dumps(config.model_dump(mode="json")))
 
     def identity(self) -> Identity:
         """The coordinator's key, which is never made anew here: another one has no partners."""
@@ -216,14 +217,3 @@ class CoordinatorFolder:
         with (self.root / ".lock").open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
-
-
-def replace(path: Path, text: str) -> None:
-    """Writes a file in one durable step, readable by its owner."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(handle, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

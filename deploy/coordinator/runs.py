@@ -19,9 +19,10 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from common.files import write_atomically
 from common.study import Name, Study, resolve
 from deploy.coordinator.enrol import Register
-from deploy.coordinator.layout import CoordinatorError, CoordinatorFolder, replace
+from deploy.coordinator.layout import CoordinatorError, CoordinatorFolder
 from deploy.coordinator.superlink import SuperLink
 from deploy.enrolment import StudySignature
 from server.start import started
@@ -149,7 +150,7 @@ def pinned(study: Study, register: Register) -> Study:
 def sign(folder: CoordinatorFolder, study: Study, out: Path) -> None:
     """Writes `study.toml` and `study.sig`, which people at the hospitals check before approval."""
     identity = folder.identity()
-    replace(out / "study.toml", study.to_toml())
+    write_atomically(out / "study.toml", study.to_toml())
     StudySignature(study=study.hash, coordinator=identity.public).write(out / "study.sig", identity)
 
 
@@ -255,7 +256,7 @@ def _start(folder: CoordinatorFolder, run: str, *, resume: bool) -> None:
     }
     with SuperLink.connected(folder) as superlink:
         number = superlink.start(bundle.packed(), config)
-    replace(out / "flower.json", json.dumps({"run": number}))
+    write_atomically(out / "flower.json", json.dumps({"run": number}))
 
 
 def _outcome(out: Path, states: Mapping[int, str] | None) -> Outcome:

@@ -38,8 +38,8 @@ from client.site.daemon.config import DaemonConfig
 from client.site.daemon.state import LEDGER, PAUSED
 from client.site.encoders.vault import DATABASE, KEY_FILE
 from common.errors import FedwardError
+from common.files import sync_folder
 from common.privacy.book import Book
-from common.privacy.chain import sync_folder
 from common.privacy.receipts import Receipt
 from deploy.enrolment import EnrolmentRequest
 from deploy.site.layout import LayoutError, SiteFolder

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 import stat
-import tempfile
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common.errors import FedwardError, explain
+from common.files import atomic_file
 from common.privacy.fields import Hash
 from common.study import Name
 
@@ -157,16 +157,10 @@ def install(path: Path, text: str, *, like: Path) -> None:
 
     Root writes into folders of daemon and relay, whose users may lay links there: none is followed.
     """
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-            if path.exists() and not path.is_symlink():
-                os.fchmod(file.fileno(), stat.S_IMODE(path.lstat().st_mode) & 0o666)
-            if os.geteuid() == 0:
-                there = like.lstat()
-                os.fchown(file.fileno(), there.st_uid, there.st_gid)
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
+    with atomic_file(path) as file:
+        file.write(text.encode())
+        if path.exists() and not path.is_symlink():
+            os.fchmod(file.fileno(), stat.S_IMODE(path.lstat().st_mode) & 0o666)
+        if os.geteuid() == 0:
+            there = like.lstat()
+            os.fchown(file.fileno(), there.st_uid, there.st_gid)

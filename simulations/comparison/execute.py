@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import resource
 import shutil
 import sys
@@ -20,6 +19,7 @@ from client.site.encoders.run import Populations, encode_site
 from client.site.encoders.vault import Vault
 from client.site.shard import Shard
 from common.errors import FedwardError
+from common.files import write_atomically
 from common.study import Study, resolve
 from simulations.comparison import inside
 from simulations.comparison.data import Cohort, Hospitals, declared, locked
@@ -126,9 +126,7 @@ def execute(task: Job, cohort: Cohort) -> dict[str, Any]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     result["peak_memory_bytes"] = peak if sys.platform == "darwin" else peak * 1024
     result["seconds"] = time.monotonic() - began
-    partial = task.folder / f".{RESULT}"
-    partial.write_text(json.dumps(result, indent=1))
-    os.replace(partial, task.folder / RESULT)
+    write_atomically(task.folder / RESULT, json.dumps(result, indent=1), mode=0o644)
     return result
 
 

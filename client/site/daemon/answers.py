@@ -5,9 +5,9 @@ Asking again therefore costs nothing, and nothing can be learned from it.
 
 from __future__ import annotations
 
-import contextlib
-import os
 from pathlib import Path
+
+from common.files import write_atomically
 
 _HEX = frozenset("0123456789abcdef")
 
@@ -28,7 +28,7 @@ class Answers:
 
     def write(self, digest: str, packed: bytes) -> None:
         """Stores an answer whole and durably, or raises `OSError` and stores nothing."""
-        write_durably(self._path(digest), packed)
+        write_atomically(self._path(digest), packed)
 
     def forget(self, digest: str) -> None:
         """Removes an answer that nobody can ask for any more."""
@@ -38,30 +38,3 @@ class Answers:
         if len(digest) != 64 or not _HEX.issuperset(digest):
             raise ValueError("not a digest")
         return self.folder / f"{digest}.answer"
-
-
-def write_durably(path: Path, data: bytes, *, once: bool = False) -> None:
-    """Replaces `path` (mode 0600) when the new content is complete and on disk.
-
-    Args:
-        once: Keep what is there already; of several processes the first one wins.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
-    try:
-        handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if once:
-            with contextlib.suppress(FileExistsError):
-                os.link(partial, path)
-        else:
-            os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

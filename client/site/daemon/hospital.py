@@ -26,7 +26,7 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any, Literal
 
-from client.site.daemon.answers import Answers, write_durably
+from client.site.daemon.answers import Answers
 from client.site.daemon.bench import Bench
 from client.site.daemon.config import SiteConfig
 from client.site.daemon.demands import Demand, demands, enough_patients, model_demands
@@ -36,6 +36,7 @@ from client.site.encoders.run import EncodeProgress, Populations, encode_site, v
 from client.site.encoders.vault import Vault
 from client.site.shard.shard import Shard
 from common.errors import PrivacyError, Refusal
+from common.files import write_atomically
 from common.fingerprint import software_hash
 from common.messages import Arrays, Request
 from common.privacy.ledger import Ledger
@@ -255,7 +256,7 @@ class Hospital:
         wanted = self._share(study)
         share = self.state / "population.fraction"
         if not share.exists():
-            write_durably(share, repr(wanted).encode(), once=True)
+            write_atomically(share, repr(wanted).encode(), once=True)
         return self._split_key(study)
 
     def enough(self, study: Study, patients: int) -> Demand:
@@ -327,7 +328,7 @@ class Hospital:
                     "cannot be recognised",
                     cure="restore it from the backup",
                 )
-            write_durably(path, os.urandom(32), once=True)
+            write_atomically(path, os.urandom(32), once=True)
         return hmac.new(path.read_bytes(), patient_id.encode(), hashlib.sha256).hexdigest()
 
     def _share(self, study: Study) -> float:
@@ -354,7 +355,7 @@ class Hospital:
             if self.virtual:
                 text = f"fedward simulated population\0{study.seed}\0{self.name}"
                 fresh = hashlib.sha256(text.encode()).digest()
-            write_durably(path, fresh, once=True)
+            write_atomically(path, fresh, once=True)
         return path.read_bytes()
 
     def _not_lost(self, path: Path) -> None:
@@ -381,7 +382,7 @@ class Hospital:
         for name, value in changes.items():
             setattr(self.status, name, value)
         shown = {**asdict(self.status), "at": time.time()}
-        write_durably(self.state / "status.json", json.dumps(shown).encode())
+        write_atomically(self.state / "status.json", json.dumps(shown).encode())
 
 
 def _roster(config: SiteConfig) -> Roster | None:

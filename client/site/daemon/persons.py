@@ -14,8 +14,8 @@ from rich.console import Console
 from client.site.daemon.config import DaemonConfig, SiteConfig
 from client.site.daemon.state import LEDGER, open_identity
 from common.errors import FedwardError, PrivacyError
+from common.files import sync_folder
 from common.identity import Identity
-from common.privacy.chain import sync_folder
 from common.privacy.decisions import decide
 from common.privacy.fields import is_hash
 from common.privacy.ledger import Ledger

@@ -6,17 +6,16 @@ or record: patients are numbered.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import FedwardError
+from common.files import atomic_file
 
 METRICS = ("auroc", "auprc", "precision", "recall", "f1")
 
@@ -119,7 +118,7 @@ def write_exact(
     for patient, rows in enumerate(rows_of_patient):
         patients[rows] = patient
     target = folder / f"release-{number}.json"
-    with _private(target.with_suffix(".npz")) as file:
+    with atomic_file(target.with_suffix(".npz")) as file:
         np.savez_compressed(
             file,
             logits=logits.astype(np.float32),
@@ -127,7 +126,7 @@ def write_exact(
             patients=patients,
             tasks=np.array(list(tasks), dtype=np.str_),
         )
-    with _private(target) as file:
+    with atomic_file(target) as file:
         # Fewer replicates than a paper would use: sites wait for this.
         metrics = exact_metrics(logits, labels, patients, tasks, replicates=200)
         file.write(json.dumps(metrics, indent=2, allow_nan=False).encode() + b"\n")
@@ -255,18 +254,3 @@ def _bootstrap(
             out["recall"].append(hit / positives)
             out["f1"].append(2 * hit / (hit + wrong + positives))
     return {name: np.concatenate(parts) for name, parts in out.items()}
-
-
-@contextlib.contextmanager
-def _private(target: Path) -> Iterator[BinaryIO]:
-    """A file of mode 0600 that replaces its target when it is complete and on disk."""
-    partial = target.with_name(f".{target.name}.partial")
-    partial.unlink(missing_ok=True)
-    try:
-        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -6,10 +6,8 @@ holds none.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -26,6 +24,7 @@ from common.audit.report.record import Record, record
 from common.audit.report.risk import Risk, risk_at, risk_of
 from common.audit.verify import NAMES, Verification, judge
 from common.errors import FedwardError
+from common.files import write_atomically
 from common.privacy.book import POPULATIONS, Book
 from common.privacy.events import Population
 from common.privacy.lines import PatientErased
@@ -154,18 +153,13 @@ def _risks(book: Book, *, spent: bool) -> dict[Population, Risk]:
 
 
 def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text)
-        os.replace(partial, path)
+        write_atomically(path, text, mode=0o644)
     except OSError as error:
         raise FedwardError(
             f"{path}: cannot write it ({error.strerror})", cure="name another place"
         ) from None
-    finally:
-        with suppress(OSError):
-            partial.unlink()
 
 
 def _today() -> str:

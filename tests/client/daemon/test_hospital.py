@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from client.site.daemon import hospital as hospital_module
-from client.site.daemon.answers import Answers, write_durably
+from client.site.daemon.answers import Answers
 from common.errors import PrivacyError
 from common.privacy.policy import SENTENCE
 
@@ -276,10 +276,6 @@ def test_answers_are_named_by_digests_only(tmp_path: Path) -> None:
     for name in ("../escape", "", "g" * 64, "A" * 64):
         with pytest.raises(ValueError, match="digest"):
             answers.write(name, b"")
-    write_durably(tmp_path / "key", b"first", once=True)
-    write_durably(tmp_path / "key", b"second", once=True)
-    assert (tmp_path / "key").read_bytes() == b"first"
-    assert [p.name for p in tmp_path.iterdir()] == ["key"], "no partial file is left"
 
 
 def test_logs_rotate_privately(tmp_path: Path) -> None:

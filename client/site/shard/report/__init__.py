@@ -7,8 +7,6 @@ private: it stays in the hospital.
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
@@ -28,6 +26,7 @@ from client.site.shard.report.pictures import Pictures, pictures
 from client.site.shard.report.texts import Texts, texts
 from client.site.shard.shard import Shard
 from common.errors import ShardError
+from common.files import write_atomically
 
 __all__ = ["Facts", "Finding", "collect", "findings", "render", "write_report"]
 
@@ -97,18 +96,11 @@ def write_report(shard: Shard, path: Path) -> None:
         ShardError: The file cannot be written.
     """
     page = render(collect(shard))
-    partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.unlink(missing_ok=True)
-        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(page)
-        os.replace(partial, path)
+        write_atomically(path, page)
     except OSError as error:
         raise ShardError(
             f"{path}: cannot write the report ({error.strerror})",
             cure="name another place with --out",
         ) from None
-    finally:
-        with suppress(OSError):
-            partial.unlink()
