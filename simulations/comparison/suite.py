@@ -70,8 +70,9 @@ class Suite(Part):
     Attributes:
         study: A ready study's name or a file: what all arms have in common.
         reference: Arm that the others are compared with, patient for patient.
-        single_sources: Arms that are also run on each source alone.
-        ablations: Arms that are also run without images, without notes, without structured data.
+        single_sources: Arms that are also run on each source alone, in their first arrangement.
+        ablations: Arms that are also run, in their first arrangement, without images, without
+            notes, without structured data.
         maps: Arms of AdaCoMed of which a map of the representations is drawn.
     """
 
@@ -183,16 +184,21 @@ def rows(suite: Suite, study: Study) -> list[Row]:
             found.append(Row(label, arm.model_copy(update=only), sweep.arm, name, value, ratio))
     for base in suite.single_sources:
         for source in _sources(suite.arms[base], study):
-            arm = suite.arms[base].model_copy(update={"sources": (source,)})
+            arm = _narrowed(suite.arms[base], (source,))
             found.append(Row(f"{base}, {source} alone", arm, base, "single", source))
     for base in suite.ablations:
         own = _sources(suite.arms[base], study)
         for kind, modalities in _KINDS_OF_SOURCES.items():
             left = tuple(s for s in own if study.sources[s].modality not in modalities)
             if left and len(left) < len(own):
-                arm = suite.arms[base].model_copy(update={"sources": left})
+                arm = _narrowed(suite.arms[base], left)
                 found.append(Row(f"{base}, without {kind}", arm, base, "ablation", kind))
     return found
+
+
+def _narrowed(arm: Arm, sources: tuple[str, ...]) -> Arm:
+    first = arm.arrangements and arm.arrangements[:1]
+    return arm.model_copy(update={"sources": sources, "arrangements": first})
 
 
 def _sources(arm: Arm, study: Study) -> tuple[str, ...]:

@@ -200,6 +200,11 @@ def test_rows_of_sweeps_single_sources_and_ablations(base: Path) -> None:
     assert swept["adacomed"]["width"] == 48
     assert found["whole, share 0.5"].ratio == 0.5
     assert not [c for c in cells(chosen, Study.load(base)) if c.row.base == "trees" and c.epsilon]
+    twice = found["whole"].arm.model_copy(update={"arrangements": ("pooled", "federated")})
+    both = chosen.model_copy(update={"arms": {**chosen.arms, "whole": twice}})
+    placed = {(c.row.name, c.arrangement) for c in cells(both, Study.load(base))}
+    assert {("whole", "federated"), ("whole, lab alone", "pooled")} <= placed
+    assert ("whole, lab alone", "federated") not in placed
 
 
 def test_a_failed_cell_is_told_and_the_others_stand() -> None:
