@@ -47,7 +47,8 @@ def name_of(path: Path) -> str:
 
 
 def needs(program: str) -> str:
-    found = shutil.which(program)
+    beside = Path(sys.executable).parent  # of the development dependencies
+    found = shutil.which(program, path=f"{beside}{os.pathsep}{os.environ['PATH']}")
     if found is None:
         pytest.skip(f"{program} is not on this machine")
     return found
