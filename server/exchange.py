@@ -74,22 +74,25 @@ class Outcome:
         refused: Code by site; the site answered and declined.
         lost: Code by site; nothing valid came in time.
         sent: Bytes sent, re-sends included.
+        slowest: Seconds until the last of the answers.
     """
 
     answers: dict[str, Received] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)
     sent: int = 0
+    slowest: float = 0.0
 
 
 @dataclass
 class _Flight:
-    """A site that has not answered yet."""
+    """A site that has not answered yet, and is waited for until `end`."""
 
     request: Request
     envelope: Envelope
     size: int
     turn: int
+    end: float
     sends: int = 0
     useless: int = 0
     sent_at: float = 0.0
@@ -230,40 +233,47 @@ class Exchange:
         seconds: float,
         round: int = 0,
         arrays: Arrays | None = None,
+        briefly: Mapping[str, float] | None = None,
         progress: Callable[[Outcome, int], None] | None = None,
     ) -> Outcome:
         """Sends `kind` to `sites` and waits for all of them, at most `seconds`.
 
         Args:
+            briefly: Sites that are waited for less long. Their requests say so, and a site that
+                finds itself too late is not charged.
             progress: Called with the outcome so far and the number still awaited, at each look.
 
         Returns:
             Verified answers; codes for the rest.
         """
         outcome = Outcome()
-        end = self._clock() + seconds
+        began = self._clock()
         order = list(self.study.federation.sites)
         waiting: dict[str, _Flight] = {}
         for site in sites:
             if site in self.hosts:
-                waiting[site] = self._flight(kind, site, round, 0, arrays, order.index(site))
+                end = began + min(seconds, (briefly or {}).get(site, seconds))
+                waiting[site] = self._flight(kind, site, round, 0, arrays, order.index(site), end)
             else:
                 outcome.lost[site] = "not-connected"
         flying: dict[str, str] = {}  # message id -> site
         while waiting:
             now = self._clock()
-            if now >= end:
-                break
             aloft = set(flying.values())
             for site, flight in list(waiting.items()):
-                if site not in aloft and now >= flight.resend_at:
-                    self._send(kind, site, flight, flying, outcome, end - now)
+                if now >= flight.end:
+                    outcome.lost[site] = flight.code
+                    del waiting[site]
+                elif site not in aloft and now >= flight.resend_at:
+                    self._send(kind, site, flight, flying, outcome, flight.end - now)
             landed = False
             for message in self.grid.pull_messages(list(flying)) if flying else ():
                 site = flying.pop(message.metadata.reply_to_message_id, "")
                 if site not in waiting:
                     continue
                 landed |= self._land(kind, site, message, waiting, outcome, arrays)
+                if site in outcome.answers:
+                    outcome.slowest = self._clock() - began
             if landed:  # a node is free again: whoever had none may try it now
                 for flight in waiting.values():
                     flight.resend_at = 0.0
@@ -272,8 +282,6 @@ class Exchange:
                 progress(outcome, len(waiting))
             if waiting and not landed:
                 self._sleep(self.poll_seconds)
-        for site, flight in waiting.items():
-            outcome.lost[site] = flight.code
         return outcome
 
     def _request(self, kind: Kind, site: str, round: int, attempt: int) -> Request:
@@ -293,11 +301,18 @@ class Exchange:
         )
 
     def _flight(
-        self, kind: Kind, site: str, round: int, attempt: int, arrays: Arrays | None, turn: int
+        self,
+        kind: Kind,
+        site: str,
+        round: int,
+        attempt: int,
+        arrays: Arrays | None,
+        turn: int,
+        end: float,
     ) -> _Flight:
         envelope = self.identity.seal(self._request(kind, site, round, attempt), arrays)
         size = len(envelope.header) + sum(a.nbytes for a in (arrays or {}).values())
-        return _Flight(Request.model_validate_json(envelope.header), envelope, size, turn)
+        return _Flight(Request.model_validate_json(envelope.header), envelope, size, turn, end)
 
     def _send(
         self,
@@ -350,8 +365,9 @@ class Exchange:
             refusal in RETRY_WITH_NEW_CHARGE
             and flight.request.attempt < self.study.federation.retries
         ):
+            number, attempt = flight.request.round, flight.request.attempt + 1
             waiting[site] = self._flight(
-                kind, site, flight.request.round, flight.request.attempt + 1, arrays, flight.turn
+                kind, site, number, attempt, arrays, flight.turn, flight.end
             )
             waiting[site].code = refusal
         else:

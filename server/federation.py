@@ -36,6 +36,8 @@ from server.start import Start
 
 log = logging.getLogger("fedward")
 
+_RETURN_SECONDS = 60.0  # a SuperNode that was killed may not reconnect for so long
+
 
 @dataclass
 class Progress:
@@ -125,6 +127,8 @@ class Federation:
         self.progress = Progress()
         self.adapter: Arrays = {}
         self.prepared: dict[str, dict[str, Any]] = {}
+        self._lost: set[str] = set()  # when sites were asked last
+        self._slowest: dict[str, float] = {}  # answer, by kind of question
         self._began, self._before = clock(), 0.0
         self.quorum = max(1, math.ceil(study.federation.quorum * len(study.federation.sites)))
 
@@ -335,17 +339,26 @@ class Federation:
                 _merge(total, self._ask_once(kind, woken, number, adapter))
             if len(total.answers) >= self.quorum or not total.lost:
                 break
+        self._lost = set(total.lost)
+        if total.answers:
+            self._slowest[kind] = total.slowest
         for site, code in (total.refused | total.lost).items():
             log.warning("site %s did not take part: %s", site, code)
         return total
 
     def _ask_once(self, kind: Any, sites: list[str], number: int, adapter: Arrays) -> Outcome:
+        """A site that was lost the last time does not make the others wait for the deadline once
+        more, unless the quorum needs it; back again, it answers about as fast as they did."""
+        doubtful = self._lost.intersection(sites)
+        if len(sites) - len(doubtful) < self.quorum or kind not in self._slowest:
+            doubtful = set()
         return self.exchange.ask(
             kind,
             sites,
             round=number,
             arrays=adapter,
             seconds=self.study.federation.deadline_seconds,
+            briefly={s: max(_RETURN_SECONDS, 2 * self._slowest[kind]) for s in doubtful},
         )
 
     def _note(self, outcome: Outcome) -> None:
@@ -438,6 +451,7 @@ def _merge(total: Outcome, more: Outcome) -> None:
     total.answers |= more.answers
     total.refused |= more.refused
     total.sent += more.sent
+    total.slowest = max(total.slowest, more.slowest)
     total.lost = {
         s: c
         for s, c in (total.lost | more.lost).items()
