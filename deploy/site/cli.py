@@ -169,7 +169,7 @@ def doctor(
     shard: it is for the people of this hospital.
     """
     from common.study import Study
-    from deploy.site.doctor import examine
+    from deploy.site.doctor.checks import examine
 
     found = examine(folder, Study.load(study) if study else None)
     if as_json:
@@ -246,18 +246,19 @@ def restore(
     socket_group: SocketGroup = None,
 ) -> None:
     """Makes a site's folder from an archive, after all of it was checked."""
-    from deploy.site import backup as backups
+    from deploy.site.restore import restore as put_back
+    from deploy.site.restore import restore_missing
     from deploy.site.setup import Owners
 
     passphrase, console = _passphrase(passphrase_file), _console()
     if only:
-        backups.restore_missing(archive, folder, passphrase, tuple(only))
+        restore_missing(archive, folder, passphrase, tuple(only))
         console.print(f"put back: {', '.join(only)}")
         return
     owners = None
     if daemon_user or relay_user or socket_group:
         owners = Owners.named(daemon=daemon_user, relay=relay_user, group=socket_group)
-    done = backups.restore(archive, folder, passphrase, replace=replace, owners=owners)
+    done = put_back(archive, folder, passphrase, replace=replace, owners=owners)
     console.print(f"{folder} is as it was on {done.contents.header.made:%Y-%m-%d %H:%M} UTC")
     if done.aside:
         console.print(f"what was there lies in {done.aside}; it must never run again")
@@ -283,9 +284,10 @@ def upgrade(folder: Folder, yes: Yes = False) -> None:
     code."""
     from importlib.metadata import version
 
-    from deploy.site import backup as backups
+    from deploy.site.upgrade import plan_upgrade
+    from deploy.site.upgrade import upgrade as carry_out
 
-    change, console = backups.plan_upgrade(folder), _console()
+    change, console = plan_upgrade(folder), _console()
     console.print(f"version {version('fedward')} reads configuration, policy and ledger")
     if change.before == change.after:
         console.print("the relay's code is the same: nothing to do")
@@ -295,7 +297,7 @@ def upgrade(folder: Folder, yes: Yes = False) -> None:
     if not yes and not typer.confirm("Let the relay run the new code?"):
         console.print("nothing was changed")
         raise typer.Exit(1)
-    backups.upgrade(folder, change)
+    carry_out(folder, change)
     console.print("done; restart daemon and relay")
 
 

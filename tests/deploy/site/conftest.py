@@ -6,7 +6,7 @@ import functools
 import http.server
 import ssl
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from importlib.metadata import version
@@ -20,8 +20,11 @@ from common.identity import Identity
 from deploy import pki
 from deploy.enrolment import Admission, EnrolmentRequest, Invite
 from deploy.site import setup
+from deploy.site.backup import backup
 from deploy.site.layout import SiteFolder
+from deploy.site.sealing import Header
 from simulations import bundle
+from tests.deploy.site.life import WORDS, Life
 
 
 class Coordinator:
@@ -179,3 +182,27 @@ def make_site(tmp_path: Path, coordinator: Coordinator, shard: Path) -> Callable
 @pytest.fixture
 def site(make_site: Callable[..., SiteFolder]) -> SiteFolder:
     return make_site()
+
+
+@pytest.fixture
+def quick_scrypt() -> Iterator[None]:
+    """The least cost of scrypt that is admitted."""
+    field = Header.model_fields["cost"]
+    usual, field.default = field.default, 2**14
+    Header.model_rebuild(force=True)
+    yield
+    field.default = usual
+    Header.model_rebuild(force=True)
+
+
+@pytest.fixture
+def life(site: SiteFolder, quick_scrypt: None) -> Life:
+    life = Life(site)
+    life.go_on(3)
+    return life
+
+
+@pytest.fixture
+def archive(life: Life, tmp_path: Path) -> Path:
+    backup(life.site.root, tmp_path / "north.backup", WORDS)
+    return tmp_path / "north.backup"

@@ -368,7 +368,8 @@ def test_no_link_of_the_relays_user_is_followed(
 
 def test_setting_up_needs_no_torch() -> None:
     code = (
-        "import sys, deploy.site.cli, deploy.site.setup, deploy.site.backup, deploy.site.doctor;"
+        "import sys, deploy.site.cli, deploy.site.setup, deploy.site.backup, deploy.site.restore,"
+        "deploy.site.upgrade, deploy.site.doctor.checks;"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
