@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def plot_all(suite: Suite, results: Sequence[Result], folder: Path) -> list[Path
     for name, sweep in suite.sweeps.items():
         if own := [r for r in good if r["group"] == name]:
             written.append(_lines(own, sweep.key, folder / f"sweep-{name}.png"))
-    if traced := [r for r in good if r.get("weights")]:
+    if traced := [r for r in good if r.get("weights") and not r["group"]]:
         written.append(_weights(traced, folder / "weights.png"))
     return written
 
@@ -109,20 +110,34 @@ def _lines(results: Sequence[Result], key: str, path: Path) -> Path:
 
 
 def _weights(results: Sequence[Result], path: Path) -> Path:
-    """AdaCoMed's w_large over the rounds, first seed: mean, and the middle 90 % of records."""
-    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for (row, privacy, arrangement), some in by(results, "row", "privacy", "arrangement").items():
-        points = some[0]["weights"]
-        rounds = [p["round"] for p in points]
-        label = f"{row}, {privacy_name(privacy)}, {arrangement}"
-        (line,) = axis.plot(rounds, [p["mean"] for p in points], label=label)
-        low, high = [p["low"] for p in points], [p["high"] for p in points]
-        axis.fill_between(rounds, low, high, alpha=0.15, color=line.get_color())
-    axis.set_xlabel("round")
-    axis.set_ylabel("weight of the large pathway")
-    axis.set_ylim(0, 1)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
+    """AdaCoMed's w_large over the rounds, first seed, a panel per row: mean, and the middle 90 % of
+    records (the paper's Figure 6)."""
+    panels = by(results, "row")
+    columns = math.ceil(math.sqrt(len(panels)))
+    lines = -(-len(panels) // columns)
+    size = (3.2 * columns + 0.6, 2.6 * lines + 0.3)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, ((row,), own) in zip(axes.flat, panels.items(), strict=False):
+        runs = by(own, "privacy", "arrangement")
+        for (privacy, arrangement), some in runs.items():
+            points = some[0]["weights"]
+            rounds = [p["round"] for p in points]
+            label = f"{privacy_name(privacy)}, {arrangement}"
+            (line,) = axis.plot(rounds, [p["mean"] for p in points], label=label)
+            low, high = [p["low"] for p in points], [p["high"] for p in points]
+            axis.fill_between(rounds, low, high, alpha=0.15, color=line.get_color())
+        axis.set_title(row, fontsize=9)
+        axis.tick_params(labelbottom=True)
+        axis.set_ylim(0, 1)
+        axis.grid(alpha=0.3)
+        if len(runs) > 1:
+            axis.legend(fontsize=7)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    figure.supxlabel("round", fontsize=9)
+    figure.supylabel("weight of the large pathway", fontsize=9)
     return _save(figure, path)
 
 
