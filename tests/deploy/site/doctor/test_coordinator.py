@@ -8,7 +8,6 @@ import re
 import socket
 import ssl
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -56,19 +55,23 @@ def test_a_name_that_does_not_resolve(at: Callable[..., SiteFolder]) -> None:
 def test_a_resolver_that_never_answers_is_not_waited_for(
     at: Callable[..., SiteFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: time.sleep(30) or [])
-    begin = time.monotonic()
-    finding = one(at(8443), "DNS", timeout=0.3)
-    assert time.monotonic() - begin < 5
-    assert "no answer within 0.3 s" in finding.text
+    answer = threading.Event()
+
+    def silent(*_: object) -> list[object]:
+        answer.wait(60)
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", silent)
+    try:
+        assert "no answer within 0.3 s" in one(at(8443), "DNS", timeout=0.3).text
+    finally:
+        answer.set()
 
 
 def test_a_peer_that_never_speaks_is_not_waited_for(at: Callable[..., SiteFolder]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         site = at(silent.getsockname()[1])
-        begin = time.monotonic()
         found = look(site, "TLS", timeout=0.5)
-    assert time.monotonic() - begin < 5
     assert verdicts(found)["TCP"] == "pass"
     assert verdicts(found)["TLS"] == "fail"
     assert "no TLS" in found["TLS"].text
