@@ -16,6 +16,7 @@ FLOWER_ALLOWED = {
     "server/federation.py",
     "deploy/site/gate.py",  # reads the bundle out of Flower's message
     "deploy/coordinator/superlink.py",
+    "deploy/site/clientapp.py",
     "simulations/bundle.py",  # packs it as Flower does, to know its hash
     "simulations/inline.py",  # Flower's messages without its transport
     "simulations/launcher.py",

@@ -21,6 +21,7 @@ import uvicorn
 
 from common.errors import FedwardError
 from deploy.pki import Facts, belongs, new_key, self_signed
+from deploy.site import clientapp
 from deploy.site.gate import Upstream, application
 from deploy.site.layout import RelayConfig, RelayFolder, pem
 from simulations.flower import environment, free_port, program
@@ -133,6 +134,7 @@ async def _keep_node(
     env = {k: v for k, v in environment(relay.flower).items() if k.lower() not in _PROXIES}
     env["FEDWARD_SOCKET"] = str(config.socket)
     relay.flower.mkdir(exist_ok=True)
+    env["PATH"] = f"{clientapp.provide(relay.flower / 'bin')}{os.pathsep}{env['PATH']}"
     while True:
         node = await asyncio.create_subprocess_exec(
             *command,
