@@ -25,7 +25,7 @@ ROUNDS = 5
 CASES: dict[str, dict[str, object]] = {
     "uni-mlm": {},
     "40 MB adapter": {
-        "model": {"system": "adacomed", "adacomed": {"width": 960, "shared_width": 1024}}
+        "model": {"system": "adacomed", "adacomed": {"width": 1224, "shared_width": 1280}}
     },
 }
 

@@ -232,16 +232,31 @@ def zipped() -> bytes:
     return buffer.getvalue()
 
 
+def stored(content: bytes) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.frombuffer(content, dtype=np.uint8))
+    return buffer.getvalue()
+
+
+_LONG = b'{"a":{"dtype":"F32","shape":[1000000000000000],"data_offsets":[0,4000000000000000]}}'
+
+
 @pytest.mark.parametrize(
     "data",
-    [b"", b"PK\x03\x04", npy("(10**15,)"), npy(f"({10**15},)"), zipped()],
-    ids=["empty", "half a zip", "a shape that is none", "a petabyte", "an archive"],
+    [
+        *(b"", b"PK\x03\x04", npy("(10**15,)"), npy(f"({10**15},)"), zipped()),
+        *(stored(b""), stored(b"\xff" * 64), stored(len(_LONG).to_bytes(8, "little") + _LONG)),
+    ],
+    ids=[
+        *("empty", "half a zip", "a shape that is none", "a petabyte", "an archive"),
+        *("no safetensors", "a header without end", "a petabyte of safetensors"),
+    ],
 )
 def test_bytes_that_are_no_array_are_no_envelope(data: bytes) -> None:
     record = RecordDict(
         {
             "envelope": ConfigRecord({"header": b"{}", "signature": b""}),
-            "arrays": ArrayRecord({"a": Array("<f4", (2,), "numpy.ndarray", data)}),
+            "arrays": ArrayRecord({"arrays": Array("|u1", (2,), "numpy.ndarray", data)}),
         }
     )
     with pytest.raises(ValueError, match="does not hold an envelope"):
