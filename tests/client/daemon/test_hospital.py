@@ -12,6 +12,7 @@ import pytest
 
 from client.site.daemon import hospital as hospital_module
 from client.site.daemon.answers import Answers
+from client.site.model import slm
 from common.errors import PrivacyError
 from common.privacy.policy import SENTENCE
 
@@ -108,6 +109,24 @@ def test_hospitals_share_one_language_model(ward_module: Any, tmp_path: Path) ->
     again = world.ask(world.request("initialise", study))[1]
     for name, array in again.items():
         assert np.array_equal(array, initial["a"][name]), "training moves no initial adapter"
+
+
+def test_the_language_model_is_loaded_once_in_a_daemons_life(
+    ward_module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that what a round costs beside training does not grow with it."""
+    loads = []
+    load = slm._load
+    monkeypatch.setattr(slm, "_load", lambda *which: loads.append(which) or load(*which))
+    slm._resident.cache_clear()
+    world = ward_module.Ward(tmp_path)
+    for study in (ward_module.make_study(), ward_module.make_study(seed=7)):
+        initial = world.prepared(study)
+        for number in (1, 2):
+            answer, _ = world.ask(world.request("train", study, number), initial)
+            assert answer.refusal is None
+        world.ask(world.request("evaluate", study, 1), initial)
+    assert len(loads) == 1
 
 
 def test_evaluation_is_noised_and_exact_values_stay(
