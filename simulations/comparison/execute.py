@@ -70,7 +70,9 @@ def job(cell: Cell, base: Study, cohort: Cohort, data: str, folder: Path) -> Job
         )
     # Resolved, so that what makes noise or rosters impossible is found before anything runs.
     settled = resolve(study, epsilon=cell.epsilon, private=cell.privacy != "none", seed=cell.seed)
-    told = [settled.hash, data, cell.arrangement, cell.row.arm.model_dump_json(), cell.row.ratio]
+    # Which others the arm's row has says nothing of this cell.
+    arm = cell.row.arm.model_copy(update={"privacy": None, "arrangements": None, "seeds": None})
+    told = [settled.hash, data, cell.arrangement, arm.model_dump_json(), cell.row.ratio]
     identity = hashlib.sha256(json.dumps(told).encode()).hexdigest()
     return Job(cell, settled, folder / cell.id, identity)
 

@@ -138,6 +138,11 @@ def test_the_same_command_does_only_what_is_left(
     other = chosen.model_copy(update={"seeds": (1,)})
     moved, _ = runner.plan(other, Study.load(base), shards, out)
     assert not {j.identity for j in moved} & {j.identity for j in jobs}
+    whole = chosen.arms["whole"].model_copy(update={"arrangements": ("pooled",)})
+    fewer = chosen.model_copy(update={"arms": {**chosen.arms, "whole": whole}})
+    left, _ = runner.plan(fewer, Study.load(base), shards, out)
+    kept = {j.identity for j in left}
+    assert kept < {j.identity for j in jobs}, "a cell is the same in a suite that has fewer"
 
 
 def test_a_smaller_share_keeps_whole_patients_and_all_who_validate(
