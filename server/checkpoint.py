@@ -17,6 +17,7 @@ from typing import Any
 from safetensors.numpy import load, save
 
 from common.errors import FedwardError
+from common.files import sync_folder
 from common.messages import Arrays, digest_arrays
 
 KEPT = 2
@@ -69,11 +70,11 @@ class Checkpoint:
         temporary.mkdir()
         _durable(temporary / "arrays.safetensors", save(arrays))
         _durable(temporary / "state.json", json.dumps(state, indent=1).encode())
-        _sync(temporary)
+        sync_folder(temporary)
         final = folder / name
         shutil.rmtree(final, ignore_errors=True)  # of an earlier attempt at the same round
         os.rename(temporary, final)
-        _sync(folder)
+        sync_folder(folder)
         for old in sorted(folder.glob("round-*"))[:-KEPT]:
             shutil.rmtree(old, ignore_errors=True)
         for torn in folder.glob(".round-*"):
@@ -129,11 +130,3 @@ def _durable(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
