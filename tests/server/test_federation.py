@@ -132,9 +132,8 @@ def test_quorum_goes_on_without_a_silent_site(world: Any) -> None:
     assert row["aggregated"]
 
 
-def test_a_lost_site_delays_the_others_once(world: Any) -> None:
-    """It is asked in every round, briefly, and may come back; where the quorum needs it, it is
-    waited for as long as any other."""
+def seconds_between_rounds(world: Any, absent: set[str], until: int, takes: float) -> list[float]:
+    """Of a run in which some sites are silent before round `until`, and an answer takes so long."""
     began: dict[int, float] = {}
 
     def fate(node: int, envelope: Envelope) -> Any:
@@ -142,31 +141,25 @@ def test_a_lost_site_delays_the_others_once(world: Any) -> None:
         if asked.kind != "train":
             return None
         began.setdefault(asked.round, world.clock())
-        return "lost" if asked.site == "alpha" and asked.round < 4 else 40.0
+        return "lost" if asked.site in absent and asked.round < until else takes
 
     world.grid.fate = fate
     world.federation().run()
-    took = [began[n + 1] - began[n] for n in (1, 2, 3)]
+    return [began[number + 1] - began[number] for number in sorted(began)[:-1]]
+
+
+def test_a_lost_site_delays_the_others_once(world: Any) -> None:
+    """It is asked in every round, briefly, and may come back."""
+    took = seconds_between_rounds(world, {"alpha"}, until=4, takes=40.0)
     assert took[0] == pytest.approx(100, abs=1)  # the deadline
     assert took[1:] == pytest.approx([80, 80], abs=1)
-    assert [bool(row["lost"]) for row in lines(world) if row["kind"] == "train"] == [
-        *(True, True, True, False)
-    ]
+    silent = [bool(row["lost"]) for row in lines(world) if row["kind"] == "train"]
+    assert silent == [True, True, True, False]
 
 
 def test_who_is_needed_for_the_quorum_is_waited_for(world: Any) -> None:
-    began: dict[int, float] = {}
-
-    def fate(node: int, envelope: Envelope) -> Any:
-        asked = Request.model_validate_json(envelope.header)
-        if asked.kind != "train":
-            return None
-        began.setdefault(asked.round, world.clock())
-        return "lost" if asked.site in ("alpha", "beta") and asked.round < 3 else 95.0
-
-    world.grid.fate = fate
-    world.federation().run()
-    assert began[3] - began[2] == pytest.approx(200, abs=1)  # two attempts of 100 s each
+    took = seconds_between_rounds(world, {"alpha", "beta"}, until=3, takes=95.0)
+    assert took[1] == pytest.approx(200, abs=1)  # two attempts of 100 s each
 
 
 def test_missed_quorum_asks_again_with_the_same_request_and_charges_once(world: Any) -> None:
