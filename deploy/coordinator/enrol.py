@@ -189,9 +189,8 @@ def _certify_server(
 ) -> None:
     key = pki.new_key() if new_key else folder.server_key.read_text()
     certificate = authority.issue_server(key, config.names)
-    write_atomically(
-        folder.server_key, key
-    )  # nothing is given up before there is something in its place
+    # Nothing is given up before there is something in its place.
+    write_atomically(folder.server_key, key)
     write_atomically(folder.server_certificate, certificate)
 
 
