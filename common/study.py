@@ -120,8 +120,9 @@ class Task(Part):
     """A binary risk, read from the column `y_<name>` of `records`.
 
     Attributes:
-        prevalence: Public share of positives (literature, never the sites' own counts): sets class
-            weights and the initial bias. A wrong value costs utility, not privacy.
+        prevalence: Public share of positives among labelled records (literature, never the sites'
+            own counts): sets class weights and the initial bias. A wrong value costs utility, not
+            privacy.
     """
 
     prevalence: float = Field(default=0.5, gt=0, lt=1)
@@ -161,8 +162,9 @@ class Model(Part):
             (Björkdahl et al. 2024).
         slm: `nano` (embedded), a Hugging Face id (with `revision`), or a folder.
         loss: `avg` class-averaged weighted cross-entropy (eq. 2) or `asl` asymmetric (eq. 3).
-        class_weights: Weigh classes by public prevalence (eq. 2); without, the public prior is
-            added to the logit in the loss, which is better under clipping.
+        class_weights: Weigh classes by public prevalence among labelled records (eq. 2, whose n
+            counts unlabelled ones too); without, the public prior is added to the logit in the
+            loss, which is better under clipping.
         projectors: `joint`: trained through one sequence of all tokens; `isolated`: each by what
             its own source's tokens alone predict (section II-C). Both predict jointly.
         decoder: Also train one-layer decoders with the reconstruction loss (eq. 5). Under privacy

@@ -1,7 +1,7 @@
 """Losses of UNI-MLM (Björkdahl et al. 2024), one value per record.
 
-Each is a sum over tasks of functions of one record alone, divided by the constant K: nothing of
-another record enters, so a patient's gradient is defined and can be clipped.
+Each is a sum over tasks of functions of one record alone: nothing of another record enters, so a
+patient's gradient is defined and can be clipped.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def class_averaged(
 
     Weighted: equations (2) and (4). The paper's w = n / (2K #{y_k = c}) becomes 1 / (2K p_c) with
     the *public* prevalence p: counts of the site would leak (and the paper prints the count of
-    class 1 for both classes).
+    class 1 for both classes). p is the share among labelled records, where the paper's n counts
+    all: a task that is rarely labelled weighs less here.
 
     Not weighted: the prior is added to the logit instead (Menon et al. 2021, logit adjustment),
     which balances the classes without making single gradients large, and so spends less of the
@@ -51,14 +52,13 @@ def asymmetric(
 ) -> Tensor:
     """Asymmetric loss, equations (3) and (4), one leading minus -> `[B]`.
 
-    L+ = (1 - phi) log phi; L- = p_m^gamma log(1 - p_m) with p_m = max(phi - margin, 0). The sum
-    over tasks is divided by K, as in `class_averaged`, so that a learning rate fits both.
+    L+ = (1 - phi) log phi; L- = p_m^gamma log(1 - p_m) with p_m = max(phi - margin, 0).
     """
     phi = torch.sigmoid(logits_BK)
     plus = torch.sigmoid(-logits_BK) * F.logsigmoid(logits_BK)
     shifted = (phi - margin).clamp(min=0)
     minus = shifted**gamma * torch.log1p(-shifted.clamp(max=1 - 1e-6))
-    return -_masked_sum(plus, minus, labels_BK) / logits_BK.shape[1]
+    return -_masked_sum(plus, minus, labels_BK)
 
 
 def _masked_sum(plus_BK: Tensor, minus_BK: Tensor, labels_BK: Tensor) -> Tensor:
@@ -73,8 +73,9 @@ RowLoss = Callable[[Any, dict[str, Tensor], dict[str, Tensor], Tensor], Tensor]
 def row_loss(study: Study) -> RowLoss:
     """The study's loss as a function `(model, inputs, present, labels_BK) -> [B]`.
 
-    What the system adds stands beside it: with decoders, equation (5) of UNI-MLM, reconstruction +
-    beta * classification.
+    The asymmetric loss is divided by K, which (2) has in its weights and (3) has not, so that a
+    learning rate fits both. What the system adds stands beside it: with decoders, equation (5) of
+    UNI-MLM, reconstruction + beta * classification.
     """
     m = study.model
     prevalence = torch.tensor([t.prevalence for t in study.tasks.values()])
@@ -90,7 +91,8 @@ def row_loss(study: Study) -> RowLoss:
         logits_NK = goal.logits_BVK.flatten(0, 1)
         labels_NK = labels_BK[:, None].expand(rows, views, tasks).flatten(0, 1)
         if m.loss == "asl":
-            value_N = asymmetric(logits_NK, labels_NK, margin=m.asl_margin, gamma=m.asl_gamma)
+            sum_N = asymmetric(logits_NK, labels_NK, margin=m.asl_margin, gamma=m.asl_gamma)
+            value_N = sum_N / tasks
         else:
             public = prevalence.to(logits_NK.device)
             value_N = class_averaged(logits_NK, labels_NK, public, weighted=m.class_weights)

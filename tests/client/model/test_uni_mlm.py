@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from client.site.model.slm import load_slm
 from client.site.model.system import adapter_spec, adapter_state, build, load_adapter
 from common.errors import ModelError
 from common.study import Federation, Lora, Model, Site, Source, Study, Task
+from tests.client.model.uni_mlm_equations import transcribed_asl, transcribed_avg
 
 DIMS = {"lab": 12, "chart": 6, "note": 20}
 FAMILIES = ["gemma", "gemma2", "llama", "phi3", "qwen2"]
@@ -91,7 +94,7 @@ def test_isolated_projectors_are_trained_by_their_own_token_alone(slm_folder, fa
             trained, untrained = (
                 slm.causal(inputs_embeds=x).logits[:, 0, model.designated] for x in (token, base)
             )
-        own = asymmetric(1.5 * (trained - untrained), labels)
+        own = asymmetric(1.5 * (trained - untrained), labels) / 2  # tasks
         expected += torch.where(present[name][:, 0], own, 0.0) / len(DIMS)
     ours = row_loss(s)(model, inputs, present, labels)
     torch.testing.assert_close(ours, expected, atol=2e-5, rtol=2e-4)
@@ -99,6 +102,42 @@ def test_isolated_projectors_are_trained_by_their_own_token_alone(slm_folder, fa
     load_adapter(joint, adapter_state(model))
     said = model(inputs, present).logits_BK
     assert torch.equal(said, joint(inputs, present).logits_BK), "both predict jointly"
+
+
+@pytest.mark.parametrize(("options", "beta"), [({}, 10.0), ({"beta": 2.5}, 2.5)])
+@pytest.mark.parametrize("projectors", ["joint", "isolated"])
+@pytest.mark.parametrize("loss", ["avg", "asl"])
+def test_what_is_trained_is_equation_5(slm_folder, loss, projectors, options, beta) -> None:
+    """L_rec + beta L, summed over the projectors that a record trains, up to a constant."""
+    s = study(
+        slm=str(slm_folder("llama")), loss=loss, projectors=projectors, decoder=True, **options
+    )
+    model = randomised(build(s, DIMS))
+    inputs, present, labels = batch()
+    assert not all(mask.all() for mask in present.values())
+    with torch.no_grad():
+        ours = row_loss(s)(model, inputs, present, labels)
+        goal = model.objective(inputs, present)
+    constant = (2 if loss == "asl" else 1) * (3 if projectors == "isolated" else 1)
+
+    def classification(row: int, view: int) -> float:
+        logits, known = goal.logits_BVK[row, view].tolist(), labels[row].tolist()
+        if loss == "asl":
+            return transcribed_asl(logits, known, margin=0.05, gamma=4.0)
+        return transcribed_avg(logits, known, [0.1, 0.4])
+
+    def reconstruction(row: int, source: str) -> float:
+        e = inputs[source][row, 0]
+        decoder = model.decoders[source]
+        back = decoder.weight @ (model.projectors[source].weight @ e) + decoder.bias
+        return math.sqrt(sum(gap**2 for gap in (e - back).tolist()))
+
+    for row in range(len(labels)):
+        trained = [(view, name) for view, name in enumerate(DIMS) if present[name][row, 0]]
+        expected = sum(reconstruction(row, name) for _, name in trained)
+        views = [0] if projectors == "joint" else [view for view, _ in trained]
+        expected += beta * sum(classification(row, view) for view in views)
+        assert constant * ours[row].item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("projectors", ["joint", "isolated"])

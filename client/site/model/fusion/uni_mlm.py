@@ -67,6 +67,11 @@ class UniMlm(RiskModel):
         super().__init__()
         self.config = config
         self.classification_weight = config.beta if config.decoder else 1.0
+        # L enters over K with the asymmetric loss, and over S from projectors in isolation: what
+        # stands beside it in equation (5) has to be divided by the same.
+        over_tasks = tasks if config.loss == "asl" else 1
+        over_sources = len(dims) if config.projectors == "isolated" else 1
+        self.reconstruction_weight = 1 / (over_tasks * over_sources)
         self.dims = dict(dims)
         self.slm_description = slm.describe()
         public = torch.Generator().manual_seed(seed)
@@ -217,8 +222,8 @@ class UniMlm(RiskModel):
     def _tokens(
         self, inputs: Mapping[str, Tensor], present: Mapping[str, Tensor]
     ) -> tuple[list[Tensor], Tensor | None]:
-        """Tokens of each source, `[B, T_s, H]`, and the reconstruction error where there are
-        decoders, `[B]`."""
+        """Tokens of each source, `[B, T_s, H]`, and where there are decoders the weighted sum of
+        their L_rec, `[B]`: the L2 norm of e - dec(enc(e)) over all tokens that are present."""
         tokens, errors = [], []
         for index, (name, projector) in enumerate(self.projectors.items()):
             e_BTd, kept_BT1 = inputs[name], present[name].unsqueeze(-1)
@@ -228,7 +233,7 @@ class UniMlm(RiskModel):
             if self.decoders:
                 gap_BTd = torch.where(kept_BT1, e_BTd - self.decoders[name](code_BTH), 0.0)
                 errors.append((gap_BTd.square().sum((1, 2)) + 1e-12).sqrt())
-        return tokens, torch.stack(errors).sum(0) if errors else None
+        return tokens, self.reconstruction_weight * torch.stack(errors).sum(0) if errors else None
 
 
 def designate(head_VH: Tensor, count: int, generator: torch.Generator) -> list[int]:
