@@ -121,8 +121,8 @@ class Task(Part):
 
     Attributes:
         prevalence: Public share of positives among labelled records (literature, never the sites'
-            own counts): sets class weights and the initial bias. A wrong value costs utility, not
-            privacy.
+            own counts): sets class weights, or the prior that the loss adds to the logit. A wrong
+            value costs utility, not privacy.
     """
 
     prevalence: float = Field(default=0.5, gt=0, lt=1)
@@ -201,6 +201,8 @@ class Model(Part):
         if not isinstance(raw, Mapping):
             return raw
         name = raw.get("system", "uni-mlm")
+        if not isinstance(name, str):
+            return raw  # the key's own type says what is wrong
         if name not in SYSTEMS:
             known = ", ".join(SYSTEMS)
             raise ValueError(f"unknown system '{name}'; use one of {known}")
@@ -211,6 +213,14 @@ class Model(Part):
         if own is not None and raw.get(own) is None:
             return {**raw, own: {}}
         return raw
+
+    @model_validator(mode="after")
+    def _own_keys(self) -> Model:
+        for key in ("projectors", "decoder", "beta"):
+            value = getattr(self, key)
+            if self.system != "uni-mlm" and value != type(self).model_fields[key].default:
+                raise ValueError(f"'{key}' is of uni-mlm alone: {self.system} has no use for it")
+        return self
 
     @model_validator(mode="after")
     def _lora_has_blocks(self) -> Model:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from common.errors import FedwardError, StudyError
 from common.privacy.pricing import epsilon
-from common.study import Study, resolve, unknown
+from common.study import Model, Study, resolve, unknown
 
 TOML = """
 name = "small"
@@ -91,6 +91,14 @@ def test_without_privacy_uses_its_own_training_and_no_noise() -> None:
         (('"series-statistics"', '"hashed-text"'), "reads text"),
         (("[training]", '[model]\nslm = "gpt5"\n[training]'), "unknown slm 'gpt5'"),
         (("[training]", '[model]\nslm = "google/gemma-2b"\n[training]'), "revision"),
+        (
+            ("[training]", "[model]\nsystem = ['m-llm']\n[training]"),
+            "model.system: Input should be",
+        ),
+        (
+            ("[training]", "[model]\nsystem = { a = 1 }\n[training]"),
+            "model.system: Input should be",
+        ),
         (("[training]", "[privacy]\nepsilon = -1\n[training]"), "privacy.epsilon"),
         (("[training]", "[privacy]\ndelta = 0.005\n[training]"), "1/patients_declared"),
         (("[tasks.hospital_mortality]", "[tasks.y_hospital_mortality]"), "leave out 'y_'"),
@@ -103,6 +111,16 @@ def test_mistakes_name_the_key(change: tuple[str, str], said: str) -> None:
         Study.from_toml(TOML.replace(*change), origin="mine.toml")
     assert said in str(caught.value)
     assert "mine.toml" in str(caught.value)
+
+
+@pytest.mark.parametrize("system", ["adacomed", "llama-fusion", "m-llm"])
+@pytest.mark.parametrize("option", [{"projectors": "isolated"}, {"decoder": True}, {"beta": 1.0}])
+def test_options_of_uni_mlm_are_refused_elsewhere(system: str, option: dict[str, object]) -> None:
+    (key,) = option
+    with pytest.raises(ValidationError, match=f"'{key}' is of uni-mlm alone: {system} has no use"):
+        Model.model_validate({"system": system, **option})
+    written_out = Model.model_validate({"system": system}).model_dump(mode="json")
+    assert Model.model_validate(written_out).system == system
 
 
 def test_resolve_refuses_what_cannot_run() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -79,26 +79,26 @@ class SlmFiles:
         """Number of trainable ones that LoRA adds.
 
         Raises:
-            ModelError: A target is no matrix of this model.
+            ModelError: As `check_lora`.
         """
-        matrices: dict[str, int] = {}  # module name -> inputs + outputs over all layers
+        matrices: dict[str, list[tuple[int, ...]]] = {}  # module name -> shape in each layer
         for key, shape in self.shapes.items():
             if key.endswith(".weight") and ".layers." in key and len(shape) == 2:
                 module = key.removesuffix(".weight").rpartition(".")[2]
-                matrices[module] = matrices.get(module, 0) + sum(shape)
-        check_targets(self.name, lora, matrices)
-        return lora.rank * sum(matrices[target] for target in lora.targets)
+                matrices.setdefault(module, []).append(shape)
+        check_lora(self.name, lora, {name: min(map(min, of)) for name, of in matrices.items()})
+        return lora.rank * sum(sum(map(sum, matrices[target])) for target in lora.targets)
 
 
-def check_targets(slm: str, lora: Lora, matrices: Collection[str]) -> None:
+def check_lora(slm: str, lora: Lora, matrices: Mapping[str, int]) -> None:
     """Makes sure that LoRA has something to adapt, and all that it names: peft passes over names
-    that it does not find as long as it finds one.
+    that it does not find as long as it finds one. A rank above a matrix's own adds nothing.
 
     Args:
-        matrices: Names of the linear layers in the blocks of the SLM.
+        matrices: Linear layers in the blocks of the SLM, and the smaller side of each.
 
     Raises:
-        ModelError: No target, or one that is no matrix of this model.
+        ModelError: No target, one that is no matrix of this model, or too high a rank.
     """
     cure = f"model.lora.targets may name {', '.join(sorted(matrices))}"
     if not lora.targets:
@@ -106,6 +106,11 @@ def check_targets(slm: str, lora: Lora, matrices: Collection[str]) -> None:
     for target in lora.targets:
         if target not in matrices:
             raise ModelError(f"slm '{slm}' has no matrix '{target}' for LoRA", cure=cure)
+        if lora.rank > matrices[target]:
+            raise ModelError(
+                f"model.lora.rank {lora.rank} is above the rank of '{target}' of slm '{slm}'",
+                cure=f"choose at most {matrices[target]}",
+            )
 
 
 def locate(name: str, revision: str | None) -> SlmFiles | None:

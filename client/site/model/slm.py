@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from client.site.model.files import ADVICE, check_family, check_targets, is_folder, locate
+from client.site.model.files import ADVICE, check_family, check_lora, is_folder, locate
 from common.errors import ModelError
 from common.study import EMBEDDED_SLMS, Model
 
@@ -113,15 +113,16 @@ def load_slm(model: Model, *, device: torch.device | None = None) -> Slm:
     LoRA is injected into the blocks, so a model with LoRA gets a copy of its own.
 
     Raises:
-        ModelError: No such model, another family, no safetensors, or a target of LoRA that is no
-            matrix of its blocks.
+        ModelError: No such model, another family, no safetensors, or LoRA that does not fit its
+            blocks (`check_lora`).
     """
     load = _resident if model.lora is None else _load
     slm = load(model.slm, model.revision, str(device or default_device()))
     if model.lora is not None:
         blocks: nn.Module = slm.causal.get_decoder().layers
-        linear = [name for name, part in blocks.named_modules() if isinstance(part, nn.Linear)]
-        check_targets(slm.name, model.lora, {name.rpartition(".")[2] for name in linear})
+        linear = {n: part for n, part in blocks.named_modules() if isinstance(part, nn.Linear)}
+        sides = {n.rpartition(".")[2]: min(part.weight.shape) for n, part in linear.items()}
+        check_lora(slm.name, model.lora, sides)
     return slm
 
 

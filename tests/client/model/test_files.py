@@ -38,6 +38,14 @@ def test_a_target_that_the_model_lacks_is_named_with_those_it_has() -> None:
         nano.lora_parameters(Lora(rank=2, targets=("qkv",)))
 
 
+def test_a_rank_above_that_of_the_matrix_is_refused(slm_folder) -> None:
+    files = locate(str(slm_folder("llama")), None)
+    assert files is not None
+    with pytest.raises(ModelError, match=r"rank 33 is above the rank of 'v_proj'[\s\S]*most 32"):
+        files.lora_parameters(Lora(rank=33))
+    assert files.lora_parameters(Lora(rank=32)) == 2 * 32 * (64 + 64 + 64 + 32)
+
+
 def test_folders_that_are_no_language_model(slm_folder, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no config\.json[\s\S]*cure: "):
         locate(str(tmp_path / "nowhere"), None)

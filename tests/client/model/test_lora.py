@@ -181,6 +181,17 @@ def test_a_target_that_is_no_matrix_of_the_blocks_is_named(
     assert caught.value.cure == f"model.lora.targets may name {has}"
 
 
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_rank_above_that_of_the_matrix_is_refused(slm_folder: Folder, system: str) -> None:
+    """q is 64 x 64, v 32 x 64: two heads of 16 share it."""
+    with pytest.raises(ModelError, match=r"rank 33 is above the rank of 'v_proj'") as caught:
+        build(study(system, slm_folder("llama"), rank=33), DIMS, device=CPU)
+    assert caught.value.cure == "choose at most 32"
+    build(study(system, slm_folder("llama"), rank=32), DIMS, device=CPU)
+    with pytest.raises(ModelError, match=r"rank 1000000000 is above the rank of 'q_proj'"):
+        build(study(system, slm_folder("llama"), rank=10**9), DIMS, device=CPU)
+
+
 def test_a_family_with_fused_matrices_says_what_it_has(slm_folder: Folder) -> None:
     """The default targets, q_proj and v_proj, are one matrix in Phi-3."""
     with pytest.raises(ModelError, match="no matrix 'q_proj'") as caught:
