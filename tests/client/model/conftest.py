@@ -21,8 +21,10 @@ FAMILIES = {
     "gemma": ("Gemma", {"head_dim": 16}),
     "gemma2": ("Gemma2", {"head_dim": 16, "final_logit_softcapping": 5.0}),
     "llama": ("Llama", {}),
+    "mistral": ("Mistral", {}),
     "phi3": ("Phi3", {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}),
     "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
 }
 
 

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
+from client.site.model.files import FAMILIES
 from client.site.model.fusion.llama_fusion import LlamaFusion, build
 from client.site.model.losses import row_loss
 from client.site.model.slm import load_slm
@@ -34,7 +35,7 @@ SOURCES = {  # name -> (modality, encoder, width, tokens)
 }
 FUSIONS = ["early", "late", "mixed", "transchex"]
 SMALL = {"cross_width": 8, "heads": 2, "feed_forward_width": 12, "head_width": 16}
-LORA = Lora(rank=2, targets=("q_proj", "k_proj", "v_proj", "o_proj"))
+LORA = Lora(rank=2, alpha=6, targets=("q_proj", "k_proj", "v_proj", "o_proj"))
 
 
 def study(
@@ -274,7 +275,7 @@ def test_equations_record_by_record(llama, fusion, pooling, lora) -> None:
             torch.testing.assert_close(ours[row], expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["gemma", "gemma2", "llama", "phi3", "qwen2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_are_the_language_models_own(slm_folder, family: str) -> None:
     """All blocks and the last norm on a whole sequence: what transformers itself computes."""
     s = study(str(slm_folder(family)))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from client.site.model.files import FAMILIES
 from client.site.model.fusion.uni_mlm import COLLINEAR, designate
 from client.site.model.losses import asymmetric, row_loss
 from client.site.model.slm import load_slm
@@ -18,7 +19,6 @@ from common.study import Federation, Lora, Model, Site, Source, Study, Task
 from tests.client.model.uni_mlm_equations import transcribed_asl, transcribed_avg
 
 DIMS = {"lab": 12, "chart": 6, "note": 20}
-FAMILIES = ["gemma", "gemma2", "llama", "phi3", "qwen2"]
 
 
 def study(**model) -> Study:
@@ -262,6 +262,21 @@ def test_adapter_round_trip_is_exact_and_strict(slm_folder) -> None:
             load_adapter(target, bad)
         assert reason in str(caught.value) or name in str(caught.value)
     assert all(np.array_equal(before[k], v) for k, v in adapter_state(target).items())
+
+
+def test_lora_adds_alpha_over_rank_b_a(slm_folder) -> None:
+    """What it adds, written into the frozen matrices instead, gives the same logits."""
+    s = study(slm=str(slm_folder("llama")), lora=Lora(rank=2, alpha=6))
+    model = randomised(build(s, DIMS))
+    inputs, present, _ = batch()
+    with torch.no_grad():
+        ours = model(inputs, present).logits_BK
+        for layer in model.modules():
+            if hasattr(layer, "lora_A"):
+                a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+                layer.base_layer.weight += 6 / 2 * (b @ a)
+                b.zero_()
+        torch.testing.assert_close(model(inputs, present).logits_BK, ours, atol=1e-5, rtol=1e-4)
 
 
 def test_several_tokens_per_source(slm_folder) -> None:
