@@ -147,11 +147,13 @@ class LinearStart(Part):
             the longer the system stays linear.
         body_halvings: How often the gradients of the system's own layers are halved in the clipped
             vector (and, with `sgd`, their steps; Adam's have one size whatever the gradient's).
+        only_under_privacy: Without privacy the system starts as its paper has it.
     """
 
     rank: int = Field(default=16, ge=1, le=4096)
     excursion: float = Field(default=0.01, ge=1e-5, le=1)
     body_halvings: int = Field(default=5, ge=0, le=20)
+    only_under_privacy: bool = False
 
 
 class Model(Part):
@@ -491,38 +493,93 @@ class Study(Part):
     @classmethod
     def from_toml(cls, text: str, *, origin: str = "study") -> Study:
         """Parses and validates; every mistake becomes one `StudyError` naming the keys."""
-        try:
-            return cls.model_validate(tomllib.loads(text))
-        except (tomllib.TOMLDecodeError, RecursionError) as error:
-            raise StudyError(f"{origin} is not valid TOML: {error}") from None
-        except ValidationError as error:
-            raise StudyError(f"{origin}: {explain(error)}", cure="see docs/study.md") from None
+        return cls._checked(_parsed(text, origin), origin)
 
     @classmethod
     def load(cls, path: str | Path) -> Study:
-        """Reads a study file, or a ready study by its bare name (`demo`)."""
-        ready = {
-            p.name[:-5]: p
-            for p in resources.files("simulations.studies").iterdir()
-            if p.name.endswith(".toml")
-        }
-        if str(path) in ready:
-            return cls.from_toml(ready[str(path)].read_text(), origin=str(path))
-        path = Path(path)
-        if not path.is_file():
-            raise StudyError(
-                f"no study at {path}",
-                cure=f"give a TOML file or one of: {', '.join(sorted(ready))}",
-            )
+        """Reads a study file, or a ready study by its bare name (`demo`), with all that it is based
+        on: a section `[base]` names another study, and this one is laid over it."""
+        return cls._checked(_read(path, ()), str(path))
+
+    @classmethod
+    def _checked(cls, raw: Mapping[str, Any], origin: str) -> Study:
         try:
-            text = path.read_text()
-        except UnicodeDecodeError:
-            raise StudyError(f"{path} is not a text file in UTF-8") from None
-        return cls.from_toml(text, origin=str(path))
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            raise StudyError(f"{origin}: {explain(error)}", cure="see docs/study.md") from None
 
     def to_toml(self) -> str:
         """The study as TOML; reading it back gives the same hash."""
         return tomli_w.dumps(_without_none(self.model_dump(mode="json")))
+
+
+class Base(Part):
+    """The study that a file is laid over (`merged`).
+
+    Attributes:
+        study: A ready study's name, or a file beside this one.
+        sources, tasks: Only these of the base's, in this order; None keeps all.
+    """
+
+    study: str
+    sources: tuple[str, ...] | None = None
+    tasks: tuple[str, ...] | None = None
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid over `base`, section by section."""
+    result = dict(base)
+    for key, value in over.items():
+        below = result.get(key)
+        nested = isinstance(value, Mapping) and isinstance(below, Mapping)
+        result[key] = merged(below, value) if nested else value  # type: ignore[arg-type]
+    return result
+
+
+def _parsed(text: str, origin: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise StudyError(f"{origin} is not valid TOML: {error}") from None
+
+
+def _read(path: str | Path, above: tuple[str, ...]) -> dict[str, Any]:
+    """A study file's sections, laid over those of its base; `above`: the files based on it."""
+    ready = {
+        p.name[:-5]: p
+        for p in resources.files("simulations.studies").iterdir()
+        if p.name.endswith(".toml")
+    }
+    file = ready.get(str(path), Path(path))
+    if not file.is_file():
+        raise StudyError(
+            f"no study at {path}",
+            cure=f"give a TOML file or one of: {', '.join(sorted(ready))}",
+        )
+    if str(file) in above:
+        raise StudyError(f"{path} is based on itself", cure="end the chain of [base] sections")
+    try:
+        raw = _parsed(file.read_text(), str(path))
+    except UnicodeDecodeError:
+        raise StudyError(f"{path} is not a text file in UTF-8") from None
+    if "base" not in raw:
+        return raw
+    try:
+        base = Base.model_validate(raw.pop("base"))
+    except ValidationError as error:
+        raise StudyError(
+            f"{path}: [base]: {explain(error)}", cure="its keys are study, sources, tasks"
+        ) from None
+    beside = base.study if base.study in ready else Path(str(file)).parent / base.study
+    below = _read(beside, (*above, str(file)))
+    for kind in ("sources", "tasks"):
+        kept, there = getattr(base, kind), below.get(kind, {})
+        for name in kept or ():
+            if name not in there:
+                raise unknown(kind[:-1], name, there, cure=f"{base.study} is the base of {path}")
+        if kept is not None:
+            below[kind] = {name: there[name] for name in kept}
+    return merged(below, raw)
 
 
 def resolve(
@@ -581,6 +638,8 @@ def resolve(
     if privacy["mode"] == "none":
         privacy["noise_multiplier"] = evaluation["noise_multiplier"] = None
         raw["training"] = raw["training_without_privacy"] or raw["training"]
+        if study.model.linear_start and study.model.linear_start.only_under_privacy:
+            raw["model"]["linear_start"] = None
     raw["training_without_privacy"] = None
     try:
         settled = Study.model_validate(raw)

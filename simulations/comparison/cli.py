@@ -22,6 +22,9 @@ def compare(
         int | None, typer.Option(min=1, help="So many synthetic hospitals instead.")
     ] = None,
     patients: Annotated[int, typer.Option(min=8, help="Of each synthetic hospital.")] = 500,
+    study: Annotated[
+        str | None, typer.Option(help="Study file or ready study in place of the suite's.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the results [default: runs/compare/<suite>].")
     ] = None,
@@ -45,6 +48,8 @@ def compare(
     chosen = Suite.load(suite)
     if (shards is None) == (synthetic is None):
         raise StudyError("give either --shards DIR or --synthetic N")
+    if study is not None:
+        chosen = chosen.model_copy(update={"study": study})
     if seeds is not None:
         chosen = chosen.model_copy(update={"seeds": chosen.seeds[:seeds]})
     for name in only or ():

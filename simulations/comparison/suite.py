@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from common.errors import StudyError, explain
-from common.study import Key, Study, unknown
+from common.study import Key, Study, merged, unknown
 from common.systems.part import Part
 
 Arrangement = Literal["federated", "pooled", "local"]
@@ -267,16 +267,6 @@ def study_of(base: Study, cell: Cell, sites: Mapping[str, int]) -> Study:
         return Study.model_validate(raw)
     except ValidationError as error:
         raise StudyError(f"arm '{cell.row.name}': {explain(error)}") from None
-
-
-def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid over `base`, section by section."""
-    result = dict(base)
-    for key, value in over.items():
-        below = result.get(key)
-        nested = isinstance(value, Mapping) and isinstance(below, Mapping)
-        result[key] = merged(below, value) if nested else value  # type: ignore[arg-type]
-    return result
 
 
 def _nested(dotted: str, value: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -163,3 +164,43 @@ def test_numbers_that_have_no_meaning_are_refused() -> None:
     federation = {**raw["federation"], "rounds": 100_000}
     with pytest.raises(ValidationError, match="more than a study may have"):
         Study.model_validate({**raw, "federation": federation})
+
+
+def test_a_study_is_laid_over_its_base(tmp_path: Path) -> None:
+    (tmp_path / "below.toml").write_text(TOML)
+    above = tmp_path / "above.toml"
+    above.write_text(
+        'name = "above"\n[base]\nstudy = "below.toml"\nsources = ["lab"]\n'
+        "[sources.lab]\ntokens = 1\n[tasks.sepsis]\nprevalence = 0.2\n[training]\nmomentum = 0.5\n"
+    )
+    below, study = Study.load(tmp_path / "below.toml"), Study.load(above)
+    assert (study.name, list(study.sources)) == ("above", ["lab"])
+    assert study.sources["lab"] == below.sources["lab"]
+    assert list(study.tasks) == [*below.tasks, "sepsis"]
+    assert study.training == below.training.model_copy(update={"momentum": 0.5})
+    assert study.federation == below.federation
+    assert Study.from_toml(study.to_toml()).hash == study.hash
+
+
+@pytest.mark.parametrize(
+    ("base", "said"),
+    [
+        ('study = "above.toml"', "above.toml is based on itself"),
+        ('study = "nowhere.toml"', "no study at .*nowhere.toml"),
+        ('study = "demo"\ntasks = ["pneumonja"]', "unknown task 'pneumonja'; did you mean 'pneumo"),
+        ('study = "demo"\ntask = ["pneumonia"]', r"\[base\]: task"),
+        ("", r"\[base\]: study"),
+    ],
+)
+def test_a_base_that_cannot_be_is_refused(base: str, said: str, tmp_path: Path) -> None:
+    above = tmp_path / "above.toml"
+    above.write_text(f'name = "above"\n[base]\n{base}\n')
+    with pytest.raises(StudyError, match=said):
+        Study.load(above)
+
+
+def test_a_linear_start_may_be_for_privacy_alone() -> None:
+    study = Study.load("adacomed-mortality")
+    for private in (True, False):
+        settled = resolve(study, sites={"a": 450}, private=private)
+        assert (settled.model.linear_start is not None) is private

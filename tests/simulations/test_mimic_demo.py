@@ -8,7 +8,7 @@ import pytest
 
 from client.site.shard.importers.mimic import META, MimicSource, import_mimic_iv
 from client.site.shard.importers.staging import Options
-from client.site.shard.importers.timeline import OUTCOME_TASKS, PATHOLOGY_TASKS
+from client.site.shard.importers.timeline import CHEXPERT_TASKS, OUTCOME_TASKS, PATHOLOGY_TASKS
 from common.study import Study
 from simulations.preflight import check
 from simulations.run import find_shards
@@ -35,3 +35,4 @@ def test_the_study_of_the_paper_has_its_sources_series_and_tasks() -> None:
     assert len(study.sources) == 7
     assert [len(study.sources[s].series) for s in ("procedure", "lab", "chart")] == [10, 22, 9]
     assert set(study.tasks) == {*PATHOLOGY_TASKS, *OUTCOME_TASKS}
+    assert set(Study.load("llama-fusion").tasks) == set(CHEXPERT_TASKS)

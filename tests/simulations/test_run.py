@@ -10,7 +10,7 @@ from rich.console import Console
 
 from client.site.encoders.registry import dimensions
 from client.site.model.system import adapter_spec, build
-from client.site.shard.importers.timeline import OUTCOME_TASKS, PATHOLOGY_TASKS
+from client.site.shard.importers.timeline import CHEXPERT_TASKS, OUTCOME_TASKS
 from client.site.shard.shard import Shard
 from common.errors import FedwardError, ModelError, PrivacyError, StudyError
 from common.privacy.pricing import epsilon
@@ -87,7 +87,7 @@ def test_synthetic_hospitals_come_through_the_importer(
         assert first.images is not None
         assert second.images is not None
         assert first.images.equals(second.images)
-        assert set(first.tasks) == {*PATHOLOGY_TASKS, *OUTCOME_TASKS}
+        assert set(first.tasks) == {*CHEXPERT_TASKS, *OUTCOME_TASKS}
 
 
 def test_plan_prices_what_the_ledger_will_charge() -> None:

@@ -87,7 +87,7 @@ class TrainingRound:
                 row_loss(study),
                 prepared.populations.train,
                 plan,
-                _optimizer(study),
+                optimizer_of(study),
                 _entropy(study, hospital.name, "train", round_),
                 PerformanceFlags(micro_batch=micro_batch),
             )
@@ -203,7 +203,8 @@ def plan_of(study: Study, site: str) -> Plan:
     )
 
 
-def _optimizer(study: Study) -> OptimizerConfig:
+def optimizer_of(study: Study) -> OptimizerConfig:
+    """How a site takes its steps."""
     training = study.training
     noise = (study.privacy.noise_multiplier or 1.0) if training.scale_by_noise else 1.0
     return OptimizerConfig(

@@ -23,7 +23,7 @@ from client.site.shard.importers.tables import (
 )
 from client.site.shard.importers.tally import Tally
 from client.site.shard.importers.timeline import (
-    PATHOLOGY_TASKS,
+    CHEXPERT_TASKS,
     find_stay,
     in_stays,
     without_objectors,
@@ -105,9 +105,9 @@ def records_of_studies(images: pl.DataFrame, stays: pl.DataFrame, tally: Tally) 
 def add_pathologies(
     records: pl.DataFrame, folder: Path, objectors: Collection[int], tally: Tally
 ) -> pl.DataFrame:
-    """Adds the ten image labels to `records_of_studies`, in place of patient and study: 1 true, 0
-    false; uncertain (-1) and blank are unknown."""
-    names = {task: task.replace("_", " ").title() for task in PATHOLOGY_TASKS}
+    """Adds the fourteen image labels to `records_of_studies`, in place of patient and study: 1
+    true, 0 false; uncertain (-1) and blank are unknown."""
+    names = {task: task.replace("_", " ").title() for task in CHEXPERT_TASKS}
     key = ["patient", "study"]
     table = read_whole(
         require_table(folder, _CHEXPERT),

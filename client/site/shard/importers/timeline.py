@@ -38,6 +38,14 @@ PATHOLOGY_TASKS = (
     "cardiomegaly",
 )
 """UNI-MLM's ten image tasks, Table I; CheXpert labels."""
+CHEXPERT_TASKS = (
+    *PATHOLOGY_TASKS,
+    "no_finding",
+    "pleural_effusion",
+    "pleural_other",
+    "support_devices",
+)
+"""All fourteen, as the LLaMA fusion has them."""
 OUTCOME_TASKS = (
     "length_of_stay",
     "mortality_48h",

@@ -21,6 +21,10 @@ PATHOLOGIES = {
     "pneumothorax": "Pneumothorax",
     "edema": "Edema",
     "cardiomegaly": "Cardiomegaly",
+    "no_finding": "No Finding",
+    "pleural_effusion": "Pleural Effusion",
+    "pleural_other": "Pleural Other",
+    "support_devices": "Support Devices",
 }
 
 
@@ -219,7 +223,7 @@ def test_chexpert_one_is_true_zero_false_and_the_rest_unknown(ward_of_one):
     assert got.tally["chexpert"].noted == {"a label other than 1, 0, -1: unknown": odd}
 
 
-def test_the_twelve_tasks_of_uni_mlm_and_three_of_adacomed(ward_of_one):
+def test_the_fourteen_labels_of_chexpert_and_five_outcomes(ward_of_one):
     ward_of_one.xray(10, 1, 5, labels={})
     (shard,) = ward_of_one.run().shards.values()
     assert set(shard.tasks) == {*PATHOLOGIES, *TASKS}
