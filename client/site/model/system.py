@@ -57,8 +57,9 @@ def build(
     model = BUILDERS[name](study, {source: dims[source] for source in study.sources}, slm)
     if study.model.linear_start is not None:
         start = LinearStart(study.model.linear_start, model.dims, seed=study.seed)
-        start.to(next(model.parameters()).device).fit(model)
-        model.linear_start = start
+        # Before it is fitted: what the model says may stand beside public records, read by it too.
+        model.linear_start = start.to(next(model.parameters()).device)
+        start.fit(model)
     return model if device is None else model.to(device)
 
 

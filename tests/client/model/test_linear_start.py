@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pytest
 import tomli_w
@@ -36,8 +37,7 @@ SYSTEMS = ["adacomed", "llama-fusion", "m-llm"]
 TASKS = 3
 
 
-def study(system: str, **options: float) -> Study:
-    start = {"rank": 8, "excursion": 1e-3, **options}
+def study(system: str, own: Mapping[str, Any] | None = None, **start: float) -> Study:
     raw = {
         "name": "linear",
         "seed": 4,
@@ -47,7 +47,11 @@ def study(system: str, **options: float) -> Study:
             "lab": {"modality": "series", "encoder": "series-statistics", "series": ["sodium"]},
         },
         "tasks": {f"risk{k}": {"prevalence": 0.2} for k in range(TASKS)},
-        "model": {"system": system, "linear_start": start},
+        "model": {
+            "system": system,
+            "linear_start": {"rank": 8, "excursion": 1e-3, **start},
+            **({} if own is None else {system.replace("-", "_"): own}),
+        },
     }
     return Study.from_toml(tomli_w.dumps(raw))
 
@@ -146,6 +150,39 @@ def test_halved_layers_spend_and_move_less() -> None:
         share = 1.0 if name.startswith("linear_start.") else 0.125
         assert torch.allclose(total, share * g, rtol=1e-3, atol=1e-6), name
         assert torch.allclose(old - p, share * share * g / 6, rtol=1e-3, atol=1e-6), name
+
+
+@pytest.mark.parametrize("weighting", ["gaussian", "inverse"])
+def test_adacomed_contrasts_with_what_it_reads(weighting: str) -> None:
+    """Its public records come through the start like any record, but for gradient and hooks."""
+    model = build(study("adacomed", {"weighting": weighting}), DIMS).eval()
+    start, fitted = model.linear_start, model.linear_start.gain.clone()
+    start.fit(model)
+    assert torch.equal(start.gain, fitted), "fitted against the same negatives"
+    model.double()
+    inputs, present = records()
+    inputs = {s: x.double() for s, x in inputs.items()}
+    both = model.collaborate(model.read(inputs, present), present)
+    chance = 1 / (1 + model.options.prototypes)
+    assert both.log_s_B.exp().tolist() == pytest.approx([chance] * 6), "nothing is told apart yet"
+    pull = model.objective(inputs, present).auxiliary_B.sum()
+    slopes = torch.autograd.grad(pull, list(model.parameters()), materialize_grads=True)
+    assert max(float(g.abs().max()) for g in slopes) < 1e-9
+
+    for p in start.maps.parameters():
+        torch.nn.init.normal_(p)
+    public = model.public_ND[:, None].split([DIMS[s] for s in model._public_widths], dim=-1)
+    alike = dict(zip(model._public_widths, public, strict=True))
+    whole = {s: torch.ones(x.shape[:2], dtype=torch.bool) for s, x in alike.items()}
+    z_NPd, _, _ = model.represent(model.read(alike, whole), whole)
+    heard: list[torch.nn.Module] = []
+    for module in model.modules():
+        module.register_forward_hook(lambda module, *_: heard.append(module))
+    negatives_Nd = model.negatives()
+    assert not negatives_Nd.requires_grad
+    assert not heard, "the hooks would book them as patients' rows"
+    expected_Nd = torch.nn.functional.normalize(z_NPd[:, 1], dim=-1)
+    torch.testing.assert_close(negatives_Nd, expected_Nd.detach())
 
 
 def test_uni_mlm_and_deaf_systems_are_told() -> None:

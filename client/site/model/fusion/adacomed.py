@@ -273,13 +273,15 @@ class AdaCoMed(RiskModel):
         """z_small^k of eq. (4) beside the record's own, `[N, d]` of unit length.
 
         Of public records (all sources present, standard normal embeddings) under the present
-        adapter: like the batch of the paper they crowd where the model maps everything to one
-        direction. They are constants of the pass: no gradient moves them.
+        adapter, read as patients' are: like the batch of the paper they crowd where the model maps
+        everything to one direction. They are constants of the pass: no gradient moves them.
         """
         if self.options.negatives == "vectors":
             return functional.normalize(self.public_ND, dim=-1)
         parts = self.public_ND[:, None].split(list(self._public_widths.values()), dim=-1)
         inputs = dict(zip(self._public_widths, parts, strict=True))
+        if self.linear_start is not None:
+            inputs = self.linear_start.constants(inputs)
         present = {
             source: torch.ones(e_N1d.shape[:2], dtype=torch.bool, device=e_N1d.device)
             for source, e_N1d in inputs.items()

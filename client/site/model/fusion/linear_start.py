@@ -108,12 +108,27 @@ class LinearStart(nn.Module):
         """What the system reads of B records, and what it reads of sources with nothing in them:
         source -> `[B, T_s, d_s]` each."""
         read, empty = {}, {}
-        for index, (name, linear) in enumerate(self.maps.items()):
+        for name, linear in self.maps.items():
             e_BTd = torch.where(present[name][..., None], inputs[name], 0.0)
+            read[name] = self._moved(name, linear(e_BTd))
             empty[name] = self.base(name).expand_as(e_BTd)
-            moved_BTd = linear(e_BTd) @ self.lift(name).T
-            read[name] = empty[name] + self.scale_S[index] * moved_BTd
         return read, empty
+
+    @torch.no_grad()
+    def constants(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the system reads of public records that lack nothing: without a gradient, and past
+        the hooks that book the patients' passes."""
+        return {
+            name: self._moved(
+                name, functional.linear(e_BTd, self.maps.get_parameter(f"{name}.weight"))
+            )
+            for name, e_BTd in inputs.items()
+        }
+
+    def _moved(self, name: str, mapped_BTr: Tensor) -> Tensor:
+        """b_s + a_s U_s W_s e, from W_s e."""
+        scale = self.scale_S[list(self.maps).index(name)]
+        return self.base(name) + scale * (mapped_BTr @ self.lift(name).T)
 
     def base(self, name: str) -> Tensor:
         """b_s `[d]`."""
