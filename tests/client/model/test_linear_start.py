@@ -56,10 +56,10 @@ def study(system: str, own: Mapping[str, Any] | None = None, **start: float) -> 
     return Study.from_toml(tomli_w.dumps(raw))
 
 
-def records(count: int = 6) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def records(count: int = 6, tokens: int = 1) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     g = torch.Generator().manual_seed(5)
-    inputs = {s: torch.randn(count, 1, d, generator=g) for s, d in DIMS.items()}
-    return inputs, {s: torch.ones(count, 1, dtype=torch.bool) for s in DIMS}
+    inputs = {s: torch.randn(count, tokens, d, generator=g) for s, d in DIMS.items()}
+    return inputs, {s: torch.ones(count, tokens, dtype=torch.bool) for s in DIMS}
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -183,6 +183,24 @@ def test_adacomed_contrasts_with_what_it_reads(weighting: str) -> None:
     assert not heard, "the hooks would book them as patients' rows"
     expected_Nd = torch.nn.functional.normalize(z_NPd[:, 1], dim=-1)
     torch.testing.assert_close(negatives_Nd, expected_Nd.detach())
+
+
+def test_m_llm_explains_the_record_that_it_reads() -> None:
+    model = build(study("m-llm", excursion=0.5), DIMS).double().eval()
+    inputs, present = records(tokens=2)
+    inputs = {s: x.double() for s, x in inputs.items()}
+    present["note"][3:] = False
+    for p in model.parameters():
+        p.data.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(3)))
+    parts = model.contributions(inputs, present)
+    logits_BK = model(inputs, present).logits_BK
+    assert logits_BK.abs().max() > 1
+    torch.testing.assert_close(sum(p_BTK.sum(1) for p_BTK in parts.values()), logits_BK)
+    assert parts["note"][3:].abs().max() == 0
+    maps, read = model.attention(inputs, present), model.read(inputs, present)
+    model.linear_start = None
+    for name, weights in model.attention(read, present).items():
+        torch.testing.assert_close(maps[name], weights, rtol=1e-12, atol=0)
 
 
 def test_uni_mlm_and_deaf_systems_are_told() -> None:

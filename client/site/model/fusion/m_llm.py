@@ -130,7 +130,7 @@ class MLlmModel(RiskModel):
         `readout.<stream>` are a of (4), with one query. Tokens stand in the order of the study's
         sources. Weights sum to 1 over the keys, or are 0 where query or keys are absent.
         """
-        attended, read, _ = self._fuse(self._encode(inputs, present))
+        attended, read, _ = self._fuse(self._encode(self.read(inputs, present), present))
         return {f"catm.{m}": weights for m, (weights, _) in attended.items()} | {
             f"readout.{m}": weights for m, (weights, _) in read.items()
         }
@@ -141,9 +141,22 @@ class MLlmModel(RiskModel):
     ) -> dict[str, Tensor]:
         """What each token adds to the logits, C c_t of (5): source -> `[B, T_s, K]`.
 
-        With the intercept they sum to the logits that `predict` says of the same inputs. A text
-        token speaks for itself and for what it read in images and structured data by (2).
+        With the intercept they sum to the logits. From a linear start each is what the token adds
+        beyond the same token with nothing in it, times the gain, and they sum to the logits alone.
+        A text token speaks for itself and for what it read in images and structured data by (2).
         """
+        if self.linear_start is None:
+            return self._contributions(inputs, present)
+        read, empty = self.linear_start(inputs, present)
+        nothing = self._contributions(empty, present)
+        return {
+            name: self.linear_start.gain * (added_BTK - nothing[name])
+            for name, added_BTK in self._contributions(read, present).items()
+        }
+
+    def _contributions(
+        self, inputs: Mapping[str, Tensor], present: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         _, _, added = self._fuse(self._encode(inputs, present))
         parts: dict[str, Tensor] = {}
         for stream, added_BTK in added.items():
