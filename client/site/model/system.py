@@ -56,7 +56,8 @@ def build(
     slm = load_slm(study.model, device=device) if SYSTEMS[name].has_slm else None
     model = BUILDERS[name](study, {source: dims[source] for source in study.sources}, slm)
     if study.model.linear_start is not None:
-        start = LinearStart(study.model.linear_start, model.dims, seed=study.seed)
+        heard = {source: d for source, d in model.dims.items() if source not in model.deaf_to}
+        start = LinearStart(study.model.linear_start, heard, seed=study.seed)
         # Before it is fitted: what the model says may stand beside public records, read by it too.
         model.linear_start = start.to(next(model.parameters()).device)
         start.fit(model)

@@ -203,6 +203,23 @@ def test_m_llm_explains_the_record_that_it_reads() -> None:
         torch.testing.assert_close(maps[name], weights, rtol=1e-12, atol=0)
 
 
+def test_the_ablation_of_m_llm_starts_without_the_stream() -> None:
+    """No map for it, and the others as sources of a study that never had it."""
+    model = build(study("m-llm", {"without": ["image"]}), DIMS).double().eval()
+    assert set(model.linear_start.maps) == {"note", "lab"}
+    inputs, present = records()
+    inputs = {s: x.double() for s, x in inputs.items()}
+    for p in model.linear_start.maps.parameters():
+        torch.nn.init.normal_(p)
+    said = model(inputs, present)
+    assert said.logits_BK.abs().min() > 0
+    goal = model.objective(inputs, present)
+    inputs["xray"][:], present["xray"][3:] = float("nan"), False
+    assert torch.equal(model(inputs, present).logits_BK, said.logits_BK)
+    assert torch.equal(model.objective(inputs, present).auxiliary_B, goal.auxiliary_B)
+    assert model.contributions(inputs, present)["xray"].abs().max() == 0
+
+
 def test_uni_mlm_and_deaf_systems_are_told() -> None:
     with pytest.raises(StudyError, match="starts as a linear model by itself"):
         study("uni-mlm")

@@ -58,6 +58,7 @@ class RiskModel(nn.Module):
         designated: Vocabulary entry of each task; empty where logits come from a head.
         dims: Width of each source's embedding, in token order.
         classification_weight: Factor of the classification loss beside `auxiliary_B`.
+        deaf_to: Sources that the options switch off; a linear start leaves them out.
         logits: What a logit is, for who rebuilds the model.
         linear_start: The linear start, where the study asks for one.
     """
@@ -67,6 +68,7 @@ class RiskModel(nn.Module):
     designated: list[int]
     dims: dict[str, int]
     classification_weight: float = 1.0
+    deaf_to: frozenset[str] = frozenset()
     logits: str = "of the system's head; positive at >= 0"
     linear_start: LinearStart | None
 

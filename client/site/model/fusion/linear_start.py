@@ -44,7 +44,7 @@ class LinearStart(nn.Module):
 
     Args:
         options: rank r, excursion.
-        dims: Width d_s of each source's embedding.
+        dims: Width d_s of each source's embedding; any other source passes as it is.
         seed: Draws b_s and U_s; part of the study.
 
     Attributes:
@@ -79,9 +79,10 @@ class LinearStart(nn.Module):
         """
         names = list(self.maps)
         x = {n: self.base(n)[None, None].clone().requires_grad_() for n in names}
-        present = {n: torch.ones(1, 1, dtype=torch.bool, device=e.device) for n, e in x.items()}
+        others = {n: self.gain.new_zeros(1, 1, d) for n, d in model.dims.items() if n not in x}
+        present = {n: self.gain.new_ones((1, 1), dtype=torch.bool) for n in model.dims}
         with torch.enable_grad():
-            logits_K = model.predict(x, present).logits_BK[0]
+            logits_K = model.predict({**x, **others}, present).logits_BK[0]
             squared_S = torch.zeros(len(names), device=logits_K.device)
             for logit in logits_K:
                 slopes = torch.autograd.grad(
@@ -107,7 +108,7 @@ class LinearStart(nn.Module):
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What the system reads of B records, and what it reads of sources with nothing in them:
         source -> `[B, T_s, d_s]` each."""
-        read, empty = {}, {}
+        read, empty = dict(inputs), dict(inputs)
         for name, linear in self.maps.items():
             e_BTd = torch.where(present[name][..., None], inputs[name], 0.0)
             read[name] = self._moved(name, linear(e_BTd))

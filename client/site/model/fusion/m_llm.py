@@ -77,6 +77,7 @@ class MLlmModel(RiskModel):
         super().__init__()
         self.options, self.groups, self.dims = options, dict(groups), dict(dims)
         self.slm, self.slm_description, self.designated = None, NO_SLM, []
+        self.deaf_to = frozenset(name for name, m in groups.items() if m in options.without)
         drawn_PD = torch.randn(
             options.prototypes, options.width, generator=torch.Generator().manual_seed(seed)
         )
@@ -171,7 +172,7 @@ class MLlmModel(RiskModel):
         masks: dict[Group, list[Tensor]] = {}
         for name, encoder in self.encoders.items():
             group, mask_BT = self.groups[name], present[name]
-            if group in self.options.without:
+            if name in self.deaf_to:
                 mask_BT = torch.zeros_like(mask_BT)
             e_BTd = torch.where(mask_BT[..., None], inputs[name], 0.0)
             tokens.setdefault(group, []).append(encoder(e_BTd))
