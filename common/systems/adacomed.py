@@ -65,11 +65,21 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 report as AdaCoMed."""
 
 
+def written_out(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The options with the preset's values in its place; as they are where it has none to give."""
+    name = raw.get("preset")
+    values = PRESETS.get(name, {}) if isinstance(name, str) else {}
+    if values.keys() <= raw.keys():
+        return raw
+    return {**values, **{key: value for key, value in raw.items() if key != "preset"}}
+
+
 class AdaCoMed(Part):
     """See `client.site.model.fusion.adacomed`.
 
     Attributes:
-        preset: Takes the values of `PRESETS` for every key that is not given.
+        preset: Takes the values of `PRESETS` for every key that is not given. It is written out as
+            these values when it is read: a study, its hash and its card hold no preset.
         form: `adaptive` is the system, the others are its baselines: one pathway alone, the mean of
             both pathways' logits, or the modalities' features side by side before the head
             (Large-Ensemble).
@@ -126,12 +136,15 @@ class AdaCoMed(Part):
     @model_validator(mode="before")
     @classmethod
     def _with_preset(cls, raw: Any) -> Any:
-        if isinstance(raw, Mapping) and isinstance(raw.get("preset"), str):
-            return {**PRESETS.get(raw["preset"], {}), **raw}
-        return raw
+        return written_out(raw) if isinstance(raw, Mapping) else raw
 
     @model_validator(mode="after")
     def _consistent(self) -> AdaCoMed:
+        if self.preset is not None:
+            raise ValueError(
+                f"'preset' changes nothing: every key that '{self.preset}' would set is written "
+                "beside it; leave the preset out, or those keys"
+            )
         token = self.width // 3
         if token % self.heads:
             raise ValueError(

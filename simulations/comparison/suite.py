@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from common.errors import StudyError, explain
 from common.study import Key, Study, merged, unknown
+from common.systems.adacomed import written_out
 from common.systems.part import Part
 
 Arrangement = Literal["federated", "pooled", "local"]
@@ -258,6 +259,10 @@ def study_of(base: Study, cell: Cell, sites: Mapping[str, int]) -> Study:
             f"arm '{cell.row.name}' sets its own privacy.mode or epsilon",
             cure="that is the table's column: use the suite's or the arm's 'privacy'",
         )
+    match over:
+        # The base has every key: a preset is laid over it as the keys that it stands for.
+        case {"model": {"adacomed": {"preset": _} as own} as model}:
+            over = {**over, "model": {**model, "adacomed": written_out(own)}}
     raw = merged(base.model_dump(mode="json"), over)
     raw["privacy"]["mode"] = "none" if cell.epsilon is None else "local"
     own = _sources(cell.row.arm, base)

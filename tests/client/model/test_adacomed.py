@@ -622,27 +622,49 @@ def test_a_small_model_of_its_own_study_fits_into_the_whole() -> None:
     )
 
 
-def test_presets_are_the_supplements_table_2_and_yield_to_what_is_written() -> None:
-    rows = {
-        "mortality": (0.59, 2048, 0.59, 0.71, 0.84, 0.57, 9.80),
-        "long-stay": (0.50, 256, 0.50, 1.00, 1.00, 0.60, 10.00),
-        "readmission": (0.67, 2048, 0.78, 0.41, 0.66, 0.94, 19.76),
-        "vital-12": (0.50, 128, 0.07, 1.00, 0.10, 0.15, 10.00),
-    }
-    for name, row in rows.items():
-        o = Options(preset=name)
-        assert row == (
-            o.contrast_weight,
-            o.shared_width,
-            o.inverse_temperature,
-            o.inverse_alpha,
-            o.gaussian_sigma,
-            o.threshold,
-            o.threshold_slope,
-        )
-    assert Options(preset="mortality", shared_width=64).shared_width == 64
-    s = study(preset="readmission", weighting="inverse")
+TABLE_2 = (
+    "weighting",  # of tables 2 and 4
+    "contrast_weight",
+    "shared_width",
+    "inverse_temperature",
+    "inverse_alpha",
+    "gaussian_sigma",
+    "threshold",
+    "threshold_slope",
+)
+
+
+@pytest.mark.parametrize(
+    ("preset", "row"),
+    [
+        ("mortality", ("inverse", 0.59, 2048, 0.59, 0.71, 0.84, 0.57, 9.80)),
+        ("long-stay", ("gaussian", 0.50, 256, 0.50, 1.00, 1.00, 0.60, 10.00)),
+        ("readmission", ("gaussian", 0.67, 2048, 0.78, 0.41, 0.66, 0.94, 19.76)),
+        ("vital-12", ("threshold", 0.50, 128, 0.07, 1.00, 0.10, 0.15, 10.00)),
+    ],
+)
+def test_presets_are_the_supplements_table_2(preset: str, row: tuple[Any, ...]) -> None:
+    o = Options(preset=preset)
+    assert tuple(getattr(o, key) for key in TABLE_2) == row
+
+
+def test_defaults_are_the_texts_and_listing_2s() -> None:
+    o = Options()
+    assert (o.contrast_weight, o.temperature, o.inverse_temperature) == (0.5, 0.07, 1.0)
+    assert (o.inverse_alpha, o.gaussian_sigma, o.threshold, o.threshold_slope) == (1, 1, 0.5, 10)
+    assert (o.weighting, o.shared_width, o.prototypes) == ("gaussian", 128, 63)
+
+
+def test_a_preset_is_what_it_stands_for_and_yields_to_what_is_written() -> None:
+    s = study(preset="mortality", shared_width=64)
+    assert s.model.adacomed == Options(**{**SMALL, **PRESETS["mortality"], "shared_width": 64})
+    assert "preset" not in s.to_toml()
     assert Study.from_toml(s.to_toml()).hash == s.hash
+    spelt = study(**{**PRESETS["mortality"], "shared_width": 64})
+    assert spelt.hash == s.hash
+    late = s.to_toml().replace('form = "adaptive"', 'form = "adaptive"\npreset = "readmission"')
+    with pytest.raises(StudyError, match="every key that 'readmission' would set is written"):
+        Study.from_toml(late)
 
 
 @pytest.mark.parametrize(

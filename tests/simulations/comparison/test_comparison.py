@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from client.site.shard import Shard
 from common.errors import FedwardError, StudyError
 from common.study import Study
+from common.systems.adacomed import PRESETS, AdaCoMed
 from simulations import synthetic_hospitals
 from simulations.comparison import run as runner
 from simulations.comparison.data import Cohort
@@ -305,6 +306,30 @@ def test_ready_suites_fit_their_studies() -> None:
         study = Study.load(chosen.study)
         for cell in cells(chosen, study):
             study_of(study, cell, {"somewhere": 100})
+
+
+def test_a_preset_in_an_arm_is_laid_over_a_study_that_spells_everything_out() -> None:
+    """Under what the arm itself writes, whatever the base has; also as a sweep."""
+    raw = Study.load("demo").model_dump(mode="json")
+    raw["model"] |= {"system": "adacomed", "adacomed": {"preset": "vital-12", "width": 96}}
+    base = Study.model_validate(raw)
+    own = {"preset": "mortality", "shared_width": 64}
+    chosen = Suite.model_validate(
+        {
+            "name": "x",
+            "study": "demo",
+            "privacy": [8.0],
+            "arms": {"a": {"study": {"model": {"adacomed": own}}}},
+            "sweeps": {
+                "s": {"arm": "a", "key": "model.adacomed.preset", "values": ["readmission"]}
+            },
+        }
+    )
+    made = [study_of(base, cell, {"somewhere": 100}) for cell in cells(chosen, base)]
+    for study, preset in zip(made, ("mortality", "readmission"), strict=True):
+        assert study.model.adacomed == AdaCoMed(
+            **{**PRESETS[preset], "shared_width": 64, "width": 96}
+        )
 
 
 def test_contrast_within_the_batch_trains_in_the_column_without_privacy_alone() -> None:
