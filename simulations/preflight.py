@@ -11,6 +11,7 @@ from pathlib import Path
 
 from client.site.encoders.registry import build_encoder
 from client.site.model.files import require
+from client.site.model.fusion.sources import check_sources
 from client.site.shard import Shard
 from common.errors import StudyError
 from common.study import Source, Study, unknown
@@ -21,8 +22,8 @@ _TABLE = {"series": "events", "text": "notes", "image": "images", "embedding": "
 
 
 def check(study: Study, shards: Mapping[str, Path]) -> list[str]:
-    """Checks language model, encoders and every shard, and that each task and source of the study
-    is known to one hospital at least.
+    """Checks language model, encoders, the sources that the system's options name and every shard,
+    and that each task and source of the study is known to one hospital at least.
 
     Args:
         shards: Folder of each site that takes part.
@@ -35,6 +36,7 @@ def check(study: Study, shards: Mapping[str, Path]) -> list[str]:
     """
     if SYSTEMS[study.model.system].has_slm:
         require(study.model.slm, study.model.revision)
+    check_sources(study)
     for source in study.sources.values():
         build_encoder(source)
     without = set(study.sources)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from client.site.model.fusion.sources import check_sources
 from common.errors import StudyError, explain
 from common.study import Key, Study, merged, unknown
 from common.systems.adacomed import written_out
@@ -269,9 +270,13 @@ def study_of(base: Study, cell: Cell, sites: Mapping[str, int]) -> Study:
     raw["sources"] = {name: raw["sources"][name] for name in base.sources if name in own}
     raw["federation"]["sites"] = {n: {"patients_declared": count} for n, count in sites.items()}
     try:
-        return Study.model_validate(raw)
+        study = Study.model_validate(raw)
+        check_sources(study)
     except ValidationError as error:
         raise StudyError(f"arm '{cell.row.name}': {explain(error)}") from None
+    except StudyError as error:
+        raise StudyError(f"arm '{cell.row.name}': {error}") from None
+    return study
 
 
 def _nested(dotted: str, value: Any) -> dict[str, Any]:

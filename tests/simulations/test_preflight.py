@@ -73,6 +73,24 @@ def test_a_sound_study_passes_and_says_where_data_come_from(cohort: dict[str, Pa
             lambda raw: raw["sources"]["xray"].update(encoder="torchxrayvision:nonsense"),
             r"unknown torchxrayvision weights 'nonsense'",
         ),
+        (
+            lambda raw: raw.update(
+                model={"system": "adacomed", "adacomed": {"modalities": {"a": ["xrays"]}}}
+            ),
+            r"unknown source 'xrays'; did you mean 'xray'",
+        ),
+        (
+            lambda raw: raw.update(
+                model={"system": "llama-fusion", "llama_fusion": {"vision": ["xrays"]}}
+            ),
+            r"model.llama_fusion.vision: no source 'xrays'",
+        ),
+        (
+            lambda raw: raw.update(
+                model={"system": "m-llm", "m_llm": {"groups": {"xrays": "image"}}}
+            ),
+            r"unknown source 'xrays'; did you mean 'xray'",
+        ),
         (lambda raw: raw["model"].update(slm="/nowhere"), r"slm folder /nowhere has no config"),
     ],
 )

@@ -688,9 +688,29 @@ def test_impossible_options(options: dict[str, Any], message: str) -> None:
 def test_modalities_name_the_studys_sources() -> None:
     with pytest.raises(StudyError, match=r"unknown source 'xrays'; did you mean 'xray'"):
         build(study(modalities={"image": ("xrays",)}), DIMS, None)
-    one = {"image": ("xray",)}
-    with pytest.raises(StudyError, match=r"source 'lab' is in no modality[\s\S]*small_modalities"):
-        build(study(modalities=one, small_modalities=one), DIMS, None)
+    with pytest.raises(StudyError, match=r"unknown source 'xrays'; did you mean 'xray'"):
+        build(study(form="large-only", small_modalities={"image": ("xrays",)}), DIMS, None)
+
+
+@pytest.mark.parametrize(
+    ("form", "modalities", "small_modalities", "cure"),
+    [
+        ("adaptive", ["xray"], ["xray"], "'modalities' or 'small_modalities',"),
+        ("logit-ensemble", ["xray"], ["xray"], "'modalities' or 'small_modalities',"),
+        ("large-only", ["xray"], [*DIMS], "'modalities',"),
+        ("concatenation", ["xray"], [*DIMS], "'modalities',"),
+        ("small-only", [*DIMS], ["xray"], "'small_modalities',"),
+    ],
+)
+def test_a_source_that_no_pathway_of_the_form_reads_is_told(
+    form: str, modalities: list[str], small_modalities: list[str], cure: str
+) -> None:
+    named = {"modalities": {"a": modalities}, "small_modalities": {"a": small_modalities}}
+    with pytest.raises(StudyError, match=rf"source 'lab' is in no modality[\s\S]*add it to {cure}"):
+        build(study(form=form, **named), DIMS, None)
+    if form in ("adaptive", "logit-ensemble"):  # one pathway is enough
+        named["small_modalities"]["a"] = [*DIMS]
+        assert len(build(study(form=form, **named), DIMS, None).pathways) == 2
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -256,6 +256,10 @@ def test_wrong_suites_are_told(base: Path, tmp_path: Path, change: Any, told: st
         ({"study": {"model": {"system": "adacomet"}}}, "arm 'a': .*unknown system 'adacomet'"),
         ({"study": {"model": {"sytem": "adacomed"}}}, "arm 'a': .*unknown key"),
         ({"sources": ["labs"]}, "labs"),
+        (
+            {"study": {"model": {"system": "m-llm", "m_llm": {"groups": {"labs": "text"}}}}},
+            "arm 'a': unknown source 'labs'",
+        ),
         ({"study": {"privacy": {"mode": "none"}}}, "its own privacy.mode"),
         ({"kind": "dp-logistic"}, "knows one task"),
     ],

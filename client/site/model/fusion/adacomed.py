@@ -28,9 +28,9 @@ from client.site.model.fusion.adacomed_pathways import (
     mlp,
 )
 from client.site.model.fusion.base import NO_SLM, Objective, Prediction, RiskModel
+from client.site.model.fusion.sources import pathways_of
 from client.site.model.slm import Slm
-from common.errors import StudyError
-from common.study import Study, unknown
+from common.study import Study
 from common.systems.adacomed import AdaCoMed as Options
 
 _TINY = 1e-30  # a weight that saturated to 0 still has a logarithm
@@ -40,38 +40,14 @@ def build(study: Study, dims: Mapping[str, int], slm: Slm | None) -> RiskModel:
     """The model that the study's seed gives, on the CPU.
 
     Raises:
-        StudyError: The options name an unknown source, or leave one out.
+        StudyError: As `pathways_of`.
     """
     options = study.model.adacomed
     assert options is not None
-    large = modality_groups(study, options.modalities)
-    small = modality_groups(study, options.small_modalities)
-    used = {source for group in (*large, *small) for source in group}
-    if idle := [source for source in study.sources if source not in used]:
-        raise StudyError(
-            f"source '{idle[0]}' is in no modality of AdaCoMed",
-            cure="add it to 'modalities' or 'small_modalities', or take it out of the study",
-        )
+    large, small = pathways_of(study, options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(study.seed)
         return AdaCoMed(options, dims, large, small, len(study.tasks))
-
-
-def modality_groups(study: Study, named: Mapping[str, Group]) -> list[Group]:
-    """The sources of each modality: as named, or image, text and structured (all else).
-
-    Raises:
-        StudyError: A name that is no source of the study.
-    """
-    for name in (name for group in named.values() for name in group):
-        if name not in study.sources:
-            raise unknown("source", name, study.sources)
-    if named:
-        return [tuple(group) for group in named.values()]
-    groups: dict[str, list[str]] = {"image": [], "text": [], "structured": []}
-    for name, source in study.sources.items():
-        groups[source.modality if source.modality in groups else "structured"].append(name)
-    return [tuple(group) for group in groups.values() if group]
 
 
 def log_similarity(
@@ -145,7 +121,7 @@ class AdaCoMed(RiskModel):
 
     Args:
         dims: Width d_s of each source's embedding.
-        large, small: Sources of each modality, by pathway.
+        large, small: Sources of each modality, by pathway; empty where the form has none.
         tasks: Number K of logits.
     """
 
@@ -165,7 +141,7 @@ class AdaCoMed(RiskModel):
         self.dims = dict(dims)
         token, width, layers = options.width // 3, options.width, options.projection_layers
         self.pathways = nn.ModuleDict()  # the same names in every form: one can start another
-        if options.form != "small-only":
+        if large:
             networks = ModalityNetworks(large, dims, token, layers)
             if options.form == "concatenation":
                 self.pathways["large"] = JoinedModalities(networks)
@@ -174,7 +150,7 @@ class AdaCoMed(RiskModel):
                 self.pathways["large"] = MixtureOfModalityExperts(
                     networks, token, width, options.heads
                 )
-        if options.form not in ("concatenation", "large-only"):
+        if small:
             networks = ModalityNetworks(small, dims, token, layers=2)
             fusion = mlp(len(small) * token, width, width)
             self.pathways["small"] = JoinedModalities(networks, fusion)

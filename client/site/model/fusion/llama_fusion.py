@@ -24,8 +24,8 @@ from client.site.model.fusion.llama_cross import (
     Sides,
     TransChexHalf,
 )
+from client.site.model.fusion.sources import sides_of
 from client.site.model.slm import Slm
-from common.errors import StudyError
 from common.study import Lora, Study
 from common.systems.llama_fusion import LlamaFusion as Options
 
@@ -250,26 +250,6 @@ class LlamaFusion(RiskModel):
             x = self.late(x, masks, otherwise=x)
         hidden_Bh = torch.tanh(self.dense(self._pooled(x, masks)))
         return Prediction(self.classify(hidden_Bh))
-
-
-def sides_of(study: Study, options: Options) -> dict[str, list[str]]:
-    """Side -> its sources in the study's order; `transchex` always has a text side.
-
-    Raises:
-        StudyError: `vision` names a source that the study does not have.
-    """
-    for name in options.vision:
-        if name not in study.sources:
-            raise StudyError(
-                f"model.llama_fusion.vision: no source '{name}'",
-                cure=f"name some of: {', '.join(study.sources)}",
-            )
-    seen = options.vision or [n for n, s in study.sources.items() if s.modality == "image"]
-    text = [name for name in study.sources if name not in seen]
-    vision = [name for name in study.sources if name in seen]
-    sides = {"text": text, "vision": vision}
-    always = "text" if options.fusion == "transchex" else None
-    return {side: names for side, names in sides.items() if names or side == always}
 
 
 def build(study: Study, dims: Mapping[str, int], slm: Slm | None) -> RiskModel:

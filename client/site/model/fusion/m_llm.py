@@ -42,9 +42,9 @@ from client.site.model.fusion.m_llm_attention import (
     dense,
     weigh,
 )
+from client.site.model.fusion.sources import streams_of
 from client.site.model.slm import Slm
-from common.errors import StudyError
-from common.study import Source, Study, unknown
+from common.study import Study
 from common.systems.m_llm import Group, MLlm
 
 QUIET = 1e-2
@@ -247,27 +247,13 @@ def _encoder(dim: int, group: Group, options: MLlm) -> nn.Sequential:
     return nn.Sequential(nn.Linear(dim, width), nn.LayerNorm(width))
 
 
-def group_of(source: Source) -> Group:
-    """The stream that a source's modality tells."""
-    return source.modality if source.modality in ("text", "image") else "structured"
-
-
 def build(study: Study, dims: Mapping[str, int], slm: Slm | None) -> MLlmModel:
     """The M-LLM of a study.
 
     Raises:
-        StudyError: `groups` names an unknown source, or `without` leaves no source.
+        StudyError: As `streams_of`.
     """
     options = study.model.m_llm
     assert options is not None
-    for name in options.groups:
-        if name not in study.sources:
-            raise unknown("source", name, study.sources, cure="mend model.m_llm.groups")
-    groups = {name: options.groups.get(name, group_of(study.sources[name])) for name in dims}
-    if set(groups.values()) <= set(options.without):
-        raise StudyError(
-            f"model.m_llm.without = {list(options.without)} leaves none of the study's sources",
-            cure="leave a stream in, or add a source of another one",
-        )
-    drawn = study.model.linear_start is not None
+    groups, drawn = streams_of(study, options), study.model.linear_start is not None
     return MLlmModel(options, dims, groups, len(study.tasks), seed=study.seed, drawn_head=drawn)
