@@ -10,7 +10,7 @@ patient, of the shard's validation patients and of the folds alike.
 
 Pooled, the records of all hospitals lie in one place, as none would allow; `--local` trains each
 hospital on its own, `--federated` all of them by exchanging trees (`fed_xgb`). None of it has
-privacy: epsilon is infinite.
+privacy, whatever the study's mode: epsilon is infinite, and the output says so first.
 """
 
 from __future__ import annotations

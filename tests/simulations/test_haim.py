@@ -73,18 +73,20 @@ def test_a_task_of_one_class_is_left_at_zero() -> None:
 
 
 def test_no_patient_stands_on_both_sides_of_a_fold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose record a row is stands in its first feature: the groups are what is tested."""
     from sklearn import model_selection
 
-    seen = []
+    table, seen = made(1), []
+    table.x[:, 0] = table.patients
     real = model_selection.StratifiedGroupKFold.split
 
     def split(self, x, y, groups=None):
         for train, test in real(self, x, y, groups):
-            seen.append(set(groups[train]) & set(groups[test]))
+            seen.append(set(x[train, 0]) & set(x[test, 0]))
             yield train, test
 
     monkeypatch.setattr(model_selection.StratifiedGroupKFold, "split", split)
-    fit_and_score(made(1), made(2), grid={**ONE, "max_depth": (2, 3), "n_estimators": (5,)})
+    fit_and_score(table, made(2), grid={**ONE, "max_depth": (2, 3), "n_estimators": (5,)})
     assert len(seen) >= 5
     assert not any(seen)
 

@@ -108,18 +108,39 @@ def test_every_system_can_be_chosen_and_built(system: str) -> None:
     assert {"name", "sha256"} <= spec["slm"].keys()
 
 
-def test_changing_one_record_leaves_the_others_alone(system: str) -> None:
-    s, data = study(system), dataset()
+def test_changing_one_record_leaves_every_other_alone(system: str) -> None:
+    """Logits, loss and clipped gradient of those before it and behind it; each its own patient."""
+    s, data, changed = study(system), dataset(), 6
     model = randomised(build(s, DIMS))
-    with torch.no_grad():
-        before, logits = losses(s, model, data), model(data.inputs, data.present).logits_BK
-        for name in DIMS:
-            data.inputs[name][1:] *= -3
-            data.present[name][1:] = ~data.present[name][1:]
-        after, changed = losses(s, model, data), model(data.inputs, data.present).logits_BK
-    assert torch.allclose(before[0], after[0], rtol=1e-12, atol=1e-12)
-    assert torch.allclose(logits[0], changed[0], rtol=1e-12, atol=1e-12)
-    assert not torch.allclose(logits[1:], changed[1:])
+
+    def told() -> list[Tensor]:
+        with torch.no_grad():
+            logits_BK = model(data.inputs, data.present).logits_BK
+        return [logits_BK, losses(s, model, data).detach(), clipped(s, model, data)]
+
+    before = told()
+    for name in DIMS:
+        data.inputs[name][changed] *= -3
+        data.present[name][changed] = ~data.present[name][changed]
+    data.labels[changed] = 1 - data.labels[changed].clamp(min=0)
+    others = torch.arange(len(data.labels)) != changed
+    for old, new in zip(before, told(), strict=True):
+        torch.testing.assert_close(new[others], old[others], rtol=1e-9, atol=1e-11)
+        assert not torch.allclose(new[changed], old[changed])
+
+
+def clipped(s: Study, model: RiskModel, data: Dataset) -> Tensor:
+    """What each record adds to the sum of a pass in which all are read, `[B, parameters]`."""
+    clipper = PatientClipper(model, 1.0, 1)
+    added = []
+    for row in range(len(data.labels)):
+        clipper.begin()
+        with clipper.capture():
+            value = losses(s, model, data)
+        clipper.add(value.sum(), torch.arange(len(value)) == row)
+        added.append(clipper.total.clone())
+    clipper.close()
+    return torch.stack(added)
 
 
 def test_what_is_absent_says_nothing(system: str) -> None:
