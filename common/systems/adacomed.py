@@ -99,7 +99,7 @@ class AdaCoMed(Part):
             steps. `batch` trains as the paper does, on the other records of the pass (mode `none`
             alone), and predicts against `records`.
         prototypes: Their number; 63 are as many as a batch of 64 has.
-        contrast_weight: lambda of eq. (8).
+        contrast_weight: lambda of eq. (8); behind a linear start there is no contrast.
         weighting: A row of Table 1.
         inverse_form: Second weight of `inverse`: as in Listing 2 or as in Table 1.
         inverse_temperature, inverse_alpha: T and alpha of `inverse`.

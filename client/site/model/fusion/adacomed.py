@@ -213,6 +213,8 @@ class AdaCoMed(RiskModel):
             logits_BK = (both.w_BP[:, :, None] * both.y_BPK).sum(dim=1)
         else:
             logits_BK = mixed_probability(both.y_BPK, both.w_BP)
+        if self.linear_start is not None:  # it would tell which sources a record has, no more
+            return Prediction(logits_BK)
         # Eq. (5); a pathway that saw nothing is aligned with nothing.
         contrast_B = torch.where(both.here_BP.all(dim=1), -both.log_s_B, 0.0)
         return Prediction(logits_BK, self.options.contrast_weight * contrast_B)  # eq. (8)
