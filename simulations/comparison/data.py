@@ -9,12 +9,14 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from client.site.shard import Shard
 from simulations.comparison.suite import Arrangement
@@ -70,6 +72,23 @@ class Cohort:
             {name: declared(_training(path)) for name, path in shards.items()},
             {name: base / "vaults" / name for name in shards},
         )
+
+    def held_out(self, seed: int, tasks: Sequence[str]) -> tuple[NDArray[np.int8], int]:
+        """Labels `[N, K]` (1 true, 0 false, -1 unknown) of every held-out record, also of those
+        without any source, and the number of their patients; the same in every arrangement."""
+        columns, patients = [f"y_{task}" for task in tasks], 0
+        found: list[NDArray[np.int8]] = []
+        for path in self.hospitals("federated", seed).shards.values():
+            records = Shard.open(path).records.filter(pl.col("population") == "validation")
+            patients += records["patient_id"].n_unique()
+            labels = [
+                records[c].cast(pl.Int8).fill_null(-1).to_numpy()
+                if c in records.columns
+                else np.full(records.height, -1, dtype=np.int8)
+                for c in columns
+            ]
+            found.append(np.stack(labels, axis=1))
+        return np.concatenate(found), patients
 
     def _names(self, kind: str) -> list[str]:
         return [POOLED] if kind == POOLED else list(self._shards)

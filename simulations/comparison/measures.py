@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,31 @@ NAMES = {
     "f1": "mF1",
 }
 """As the papers' tables call the mean over tasks."""
+
+
+def on_everyone(
+    logits: NDArray[np.floating],
+    labels: NDArray[np.int8],
+    patients: NDArray[np.integer],
+    everyone: NDArray[np.int8],
+) -> tuple[NDArray[np.floating], NDArray[np.int8], NDArray[np.integer]]:
+    """The scores of all held-out records: those that an arm could not read get logit 0, the prior.
+
+    Scores carry no identifier: which records are missing is known by their labels, all that a
+    measure asks for. The bootstrap draws each of them by itself.
+
+    Args:
+        logits, labels, patients: See `measure`; of the records that have a score.
+        everyone: Labels `[M, K]` of all held-out records.
+    """
+    rest = Counter(map(tuple, everyone.tolist())) - Counter(map(tuple, labels.tolist()))
+    missing = np.array(list(rest.elements()), dtype=np.int8).reshape(-1, labels.shape[1])
+    first = int(patients.max(initial=-1)) + 1
+    return (
+        np.concatenate([logits, np.zeros(missing.shape, dtype=logits.dtype)]),
+        np.concatenate([labels, missing]),
+        np.concatenate([patients, first + np.arange(len(missing))]),
+    )
 
 
 def measure(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import multiprocessing
@@ -16,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -26,6 +28,7 @@ from server.publish import PROJECTORS
 from simulations.comparison import inside, plots, tables
 from simulations.comparison.data import Cohort, fingerprint
 from simulations.comparison.execute import Job, cohort_sites, execute, finished, job
+from simulations.comparison.measures import measure, on_everyone
 from simulations.comparison.suite import Suite, cells
 from simulations.preflight import check, place
 from simulations.processes import sigterm_interrupts
@@ -136,7 +139,7 @@ def report(
     suite: Suite, jobs: Sequence[Job], cohort: Cohort, out: Path, command: str
 ) -> list[tables.Table]:
     """Writes tables and plots."""
-    found = results(jobs)
+    found = _on_the_same_records(results(jobs), jobs, cohort)
     made = tables.tables(suite, found)
     heading = f"# {suite.name}\n\n{suite.description}\n\n```sh\n{command}\n```\n"
     pictures = plots.plot_all(suite, found, out / "plots")
@@ -151,6 +154,33 @@ def report(
     links = "\n".join(f"![{p.stem}](plots/{p.name})" for p in pictures)
     tables.write(out, made, f"{heading}\n{links}\n")
     return made
+
+
+def _on_the_same_records(
+    found: Sequence[dict[str, Any]], jobs: Sequence[Job], cohort: Cohort
+) -> list[dict[str, Any]]:
+    """Results measured on all held-out records: an arm of few sources skips those that lack them.
+
+    Logistic regression picks its records itself; `complete_records_only` is the study's own choice.
+    """
+    of = {each.identity: each for each in jobs}
+    everyone = functools.cache(cohort.held_out)
+    same = []
+    for result in found:
+        each = of[result["identity"]]
+        if (
+            "error" not in result
+            and each.cell.row.arm.kind != "dp-logistic"
+            and not each.study.complete_records_only
+        ):
+            tasks = tuple(each.study.tasks)
+            labels, patients = everyone(each.cell.seed, tasks)
+            if result["records"] < len(labels):
+                with np.load(each.folder / "scores.npz") as s:
+                    scores = on_everyone(s["logits"], s["labels"], s["patients"], labels)
+                result = result | measure(*scores, tasks) | {"patients": patients}
+        same.append(result)
+    return same
 
 
 def _result(future: Future[dict[str, Any]]) -> dict[str, Any]:

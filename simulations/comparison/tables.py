@@ -213,7 +213,9 @@ def _grouped(results: Sequence[Result], group: str, title: str, what: str) -> Ta
             line = {"": str(arm), what: "all sources", "privacy": privacy_name(privacy)}
             line |= {"patients": str(arrangement), "macro AUROC": spread(whole, macro("auroc"))}
             rows.append(line)
-    return Table(f"group-{group}", title, f"Macro AUROC of {', '.join(sorted(arms))}.", rows)
+    note = f"Macro AUROC of {', '.join(sorted(arms))}, all on the same held-out "
+    note += "records: one of which an arm has nothing to read has logit 0, the prior."
+    return Table(f"group-{group}", title, note, rows)
 
 
 def _best_single(results: Sequence[Result]) -> Table:
@@ -241,7 +243,8 @@ def _best_single(results: Sequence[Result]) -> Table:
         line = {"": str(arm), "privacy": privacy_name(privacy), "patients": str(arrangement)}
         line |= {"best source": str(best), "macro AUROC": _short(float(means[best]))}
         rows.append(line | {"best source of each task": _short(float(np.mean(per_task)))})
-    note = "Chosen on the held-out patients themselves, as in the paper: optimistic."
+    note = "Chosen on the held-out patients themselves, as in the paper: optimistic. A record "
+    note += "without the source has logit 0, the prior."
     return Table("best-single-source", "Best single source", note, rows)
 
 

@@ -91,6 +91,53 @@ def test_every_cell_has_a_result_and_the_same_held_out_patients(done: Any) -> No
     assert len(positives) == 1, "pooled, local and federated hold out the same records"
 
 
+@pytest.fixture(scope="module")
+def single(
+    base: Path, shards: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Suite, Any, Any]:
+    """Trees alone, which are quick: all sources and each by itself."""
+    out = tmp_path_factory.mktemp("single")
+    chosen = suite(
+        base,
+        privacy=["none"],
+        arrangements=["federated"],
+        arms={"trees": {"kind": "haim"}},
+        single_sources=["trees"],
+    )
+    jobs, cohort = runner.plan(chosen, Study.load(base), shards, out)
+    runner.run(jobs, cohort, 1, Console(quiet=True))
+    runner.report(chosen, jobs, cohort, out, "fedward compare tiny")
+    return out, chosen, jobs, cohort
+
+
+def test_a_source_alone_is_scored_on_the_records_that_lack_it_too(single: Any) -> None:
+    _, _, jobs, cohort = single
+    records = pl.concat(
+        Shard.open(path).records.filter(pl.col("population") == "validation")
+        for path in cohort.hospitals("pooled", 0).shards.values()
+    )
+    measured = {
+        r["row"]: r for r in runner._on_the_same_records(runner.results(jobs), jobs, cohort)
+    }
+    for job in jobs:
+        result, stored = measured[job.cell.row.name], np.load(job.folder / "scores.npz")
+        assert (result["patients"], result["records"]) == (
+            records["patient_id"].n_unique(),
+            records.height,
+        )
+        for column, (task, values) in enumerate(result["tasks"].items()):
+            own, all_ = stored["labels"][:, column], records[f"y_{task}"].drop_nulls()
+            here = {v: np.sum(own == v) for v in (0, 1)}
+            unread = [v for v in (0, 1) for _ in range((all_ == bool(v)).sum() - here[v])]
+            y = [*own[own >= 0], *unread]
+            score = [*stored["logits"][own >= 0, column], *np.zeros(len(unread))]
+            assert values["support"] == len(y)
+            if len(set(y)) == 2:
+                assert values["auroc"] == pytest.approx(roc_auc_score(y, score))
+    note = next(j for j in jobs if j.cell.row.value == "note")
+    assert len(np.load(note.folder / "scores.npz")["labels"]) < records.height, "some have no note"
+
+
 def test_privacy_is_charged_and_pretraining_stands_in_the_same_ledgers(done: Any) -> None:
     _, _, jobs, _ = done
     spent = {
