@@ -40,6 +40,7 @@ def compare(
     """Trains a matrix of systems, privacies and arrangements on the same patients, and writes one
     table of all. Cells that are there already are kept: the same command goes on."""
     from common.study import Study
+    from simulations.comparison.inside import check_maps
     from simulations.comparison.run import plan, report, results, run
     from simulations.comparison.suite import Suite
     from simulations.run import find_shards
@@ -70,6 +71,7 @@ def compare(
         found = find_shards(shards)
     console.print("checking studies and shards", highlight=False)
     made, cohort = plan(chosen, Study.load(chosen.study), found, folder, only or ())
+    check_maps(chosen.maps, made)
     if dry_run:
         for each in made:
             typer.echo(each.cell.id)

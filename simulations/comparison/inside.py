@@ -3,8 +3,9 @@ of both pathways (Figure 2). Of held-out records, hence for simulations only."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,9 +17,13 @@ from client.site.encoders.vault import Vault
 from client.site.model.fusion.adacomed import AdaCoMed
 from client.site.model.system import build, load_adapter
 from client.site.shard import Shard
+from common.errors import StudyError
 from common.messages import Arrays
 from common.study import Study
 from simulations.comparison.data import Hospitals
+
+if TYPE_CHECKING:  # which imports this module
+    from simulations.comparison.execute import Job
 
 _RECORDS = 400
 
@@ -61,6 +66,23 @@ class Trace:
                 )
 
         return look
+
+
+def check_maps(arms: Iterable[str], jobs: Iterable[Job]) -> None:
+    """Raises:
+    StudyError: One of the arms has not two pathways, so that there is no map of them.
+    """
+    for job in (j for j in jobs if j.cell.row.name in set(arms)):
+        options = job.study.model.adacomed
+        if (
+            job.cell.row.arm.kind != "system"
+            or options is None
+            or options.form not in ("adaptive", "logit-ensemble")
+        ):
+            raise StudyError(
+                f"maps: arm '{job.cell.row.name}' has no large and small pathway to draw",
+                cure="name arms of AdaCoMed with both, or take it out of maps",
+            )
 
 
 def representations(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +14,41 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from common.errors import FedwardError
 from simulations.comparison.suite import Suite
 from simulations.comparison.tables import Result, by, privacy_name
 
+Picture = Callable[[Path], None]
+"""Draws into a file."""
 
-def plot_all(suite: Suite, results: Sequence[Result], folder: Path) -> list[Path]:
-    """Macro AUROC by privacy, ablations, sweeps, weights over training; what there is of them."""
-    folder.mkdir(parents=True, exist_ok=True)
+
+def pictures(suite: Suite, results: Sequence[Result]) -> dict[str, Picture]:
+    """Macro AUROC by privacy, ablations, sweeps, weights over training; what there is of them, by
+    name and not drawn yet."""
     good = [r for r in results if "error" not in r and r["macro"]["auroc"] is not None]
-    written = []
+    found: dict[str, Picture] = {}
     if plain := [r for r in good if not r["group"]]:
-        written.append(_bars(plain, "row", folder / "main.png", suite.name))
+        found["main"] = partial(_bars, plain, "row", suite.name)
     for group in ("ablation", "single"):
         if own := [r for r in good if r["group"] == group]:
             whole = [r for r in good if not r["group"] and r["arm"] in {o["arm"] for o in own}]
-            written.append(_bars(whole + own, "row", folder / f"{group}.png", group))
+            found[group] = partial(_bars, whole + own, "row", group)
     for name, sweep in suite.sweeps.items():
         if own := [r for r in good if r["group"] == name]:
-            written.append(_lines(own, sweep.key, folder / f"sweep-{name}.png"))
+            found[f"sweep-{name}"] = partial(_lines, own, sweep.key)
     if traced := [r for r in good if r.get("weights") and not r["group"]]:
-        written.append(_weights(traced, folder / "weights.png"))
-    return written
+        found["weights"] = partial(_weights, traced)
+    return found
 
 
-def plot_map(z_2Nd: np.ndarray, labels_N: np.ndarray, task: str, path: Path) -> Path:
-    """Both pathways' representations in the plane, by t-SNE: the paper's Figure 2."""
+def plot_map(z_2Nd: np.ndarray, labels_N: np.ndarray, task: str, path: Path) -> None:
+    """Both pathways' representations in the plane, by t-SNE: the paper's Figure 2.
+
+    Raises:
+        FedwardError: There are fewer than two records.
+    """
+    if len(labels_N) < 2:
+        raise FedwardError(f"{len(labels_N)} held-out records have something for both pathways")
     from sklearn.manifold import TSNE
 
     both = z_2Nd.reshape(-1, z_2Nd.shape[-1])
@@ -55,10 +66,10 @@ def plot_map(z_2Nd: np.ndarray, labels_N: np.ndarray, task: str, path: Path) -> 
         axis.set_xticks([])
         axis.set_yticks([])
         axis.legend(fontsize=8)
-    return _save(figure, path)
+    _save(figure, path)
 
 
-def _bars(results: Sequence[Result], key: str, path: Path, title: str) -> Path:
+def _bars(results: Sequence[Result], key: str, title: str, path: Path) -> None:
     """A dot per row, arrangement and privacy, with the standard deviation over seeds."""
     rows = list(by(results, key, "arrangement"))
     privacies = [p for (p,) in by(results, "privacy")]
@@ -84,10 +95,10 @@ def _bars(results: Sequence[Result], key: str, path: Path, title: str) -> Path:
     axis.grid(axis="x", alpha=0.3)
     axis.set_title(title, fontsize=10, loc="left")
     axis.legend(fontsize=8, loc="best")
-    return _save(figure, path)
+    _save(figure, path)
 
 
-def _lines(results: Sequence[Result], key: str, path: Path) -> Path:
+def _lines(results: Sequence[Result], key: str, path: Path) -> None:
     figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
     for (arm, privacy, arrangement), some in by(results, "arm", "privacy", "arrangement").items():
         points = [(value, cells) for (value,), cells in by(some, "value").items()]
@@ -106,10 +117,10 @@ def _lines(results: Sequence[Result], key: str, path: Path) -> Path:
     axis.set_ylabel("macro AUROC")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    return _save(figure, path)
+    _save(figure, path)
 
 
-def _weights(results: Sequence[Result], path: Path) -> Path:
+def _weights(results: Sequence[Result], path: Path) -> None:
     """AdaCoMed's w_large over the rounds, first seed, a panel per row: mean, and the middle 90 % of
     records (the paper's Figure 6)."""
     panels = by(results, "row")
@@ -138,14 +149,13 @@ def _weights(results: Sequence[Result], path: Path) -> Path:
         axis.set_visible(False)
     figure.supxlabel("round", fontsize=9)
     figure.supylabel("weight of the large pathway", fontsize=9)
-    return _save(figure, path)
+    _save(figure, path)
 
 
 def _aurocs(results: Iterable[Result]) -> list[float]:
     return [float(r["macro"]["auroc"]) for r in results]
 
 
-def _save(figure: Any, path: Path) -> Path:
+def _save(figure: Any, path: Path) -> None:
     figure.savefig(path, dpi=130)
     plt.close(figure)
-    return path

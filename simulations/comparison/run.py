@@ -33,6 +33,8 @@ from simulations.comparison.suite import Suite, cells
 from simulations.preflight import check, place
 from simulations.processes import sigterm_interrupts
 
+_ADAPTER = Path("run") / "adapter" / PROJECTORS
+
 
 def plan(
     suite: Suite, base: Study, shards: Mapping[str, Path], out: Path, only: Sequence[str] = ()
@@ -138,22 +140,32 @@ def results(jobs: Sequence[Job]) -> list[dict[str, Any]]:
 def report(
     suite: Suite, jobs: Sequence[Job], cohort: Cohort, out: Path, command: str
 ) -> list[tables.Table]:
-    """Writes tables and plots."""
+    """Writes tables, then pictures; one that cannot be drawn is a line of the summary."""
     found = _on_the_same_records(results(jobs), jobs, cohort)
     made = tables.tables(suite, found)
     heading = f"# {suite.name}\n\n{suite.description}\n\n```sh\n{command}\n```\n"
-    pictures = plots.plot_all(suite, found, out / "plots")
+    tables.write(out, made, heading)
+    pictures = plots.pictures(suite, found)
     for each in jobs:
-        adapter = each.folder / "run" / "adapter" / PROJECTORS
-        if each.cell.row.name in suite.maps and adapter.exists():
-            z, labels = inside.representations(each.study, cohort_sites(cohort, each.cell), adapter)
-            first = next(iter(each.study.tasks))
-            pictures.append(
-                plots.plot_map(z, labels, first, out / "plots" / f"map-{each.cell.id}.png")
-            )
-    links = "\n".join(f"![{p.stem}](plots/{p.name})" for p in pictures)
-    tables.write(out, made, f"{heading}\n{links}\n")
+        if each.cell.row.name in suite.maps and (each.folder / _ADAPTER).exists():
+            pictures[f"map-{each.cell.id}"] = functools.partial(_draw_map, each, cohort)
+    (out / "plots").mkdir(exist_ok=True)
+    links = []
+    for name, draw in pictures.items():
+        try:
+            draw(out / "plots" / f"{name}.png")
+        except Exception as error:  # the tables of hours of training are worth more than a picture
+            links.append(f"{name}: not drawn: {str(error) or type(error).__name__}\n")
+        else:
+            links.append(f"![{name}](plots/{name}.png)")
+    tables.write(out, made, heading + "\n" + "\n".join(links) + "\n")
     return made
+
+
+def _draw_map(each: Job, cohort: Cohort, path: Path) -> None:
+    hospitals = cohort_sites(cohort, each.cell)
+    z, labels = inside.representations(each.study, hospitals, each.folder / _ADAPTER)
+    plots.plot_map(z, labels, next(iter(each.study.tasks)), path)
 
 
 def _on_the_same_records(

@@ -160,7 +160,7 @@ def _tasks(results: Sequence[Result], name: str, title: str) -> Table:
             head = str(row)
             head += f", {privacy_name(privacy)}" if len(privacies) > 1 else ""
             head += f", {arrangement}" if len(arrangements) > 1 else ""
-            line[head] = spread(some, lambda r, t=task: r["tasks"][t][name])  # type: ignore[misc]
+            line[head] = spread(some, lambda r, t=task: r["tasks"].get(t, {}).get(name))  # type: ignore[misc]
         rows.append(line)
     return Table(f"tasks-{name}", title, "As in the main table.", rows)
 
@@ -233,11 +233,11 @@ def _best_single(results: Sequence[Result]) -> Table:
             continue
         best = max(means, key=lambda source: means[source])
         per_task = []
-        for task in some[0]["tasks"]:
+        for task in dict.fromkeys(task for r in some for task in r["tasks"]):
             values = [
-                np.mean([r["tasks"][task]["auroc"] for r in cells])
+                np.mean(known)
                 for cells in of_source.values()
-                if all(r["tasks"][task]["auroc"] is not None for r in cells)
+                if None not in (known := [r["tasks"].get(task, {}).get("auroc") for r in cells])
             ]
             per_task += [max(values)] if values else []
         line = {"": str(arm), "privacy": privacy_name(privacy), "patients": str(arrangement)}

@@ -20,10 +20,12 @@ from common.errors import FedwardError, StudyError
 from common.study import Study
 from common.systems.adacomed import PRESETS, AdaCoMed
 from simulations import synthetic_hospitals
+from simulations.comparison import plots
 from simulations.comparison import run as runner
 from simulations.comparison.data import Cohort
+from simulations.comparison.inside import check_maps
 from simulations.comparison.measures import measure
-from simulations.comparison.suite import SUITES, Suite, cells, rows, study_of
+from simulations.comparison.suite import SUITES, Arm, Suite, cells, rows, study_of
 from simulations.comparison.tables import spread, tables
 
 pytestmark = pytest.mark.timeout(400)
@@ -327,6 +329,49 @@ def test_a_sweep_without_effect_is_told(
     chosen = suite(base, sweeps={"rate": {**sweep, "privacy": ["none"]}})
     with pytest.raises(StudyError, match="the sweep's key has no effect"):
         runner.plan(chosen, Study.load(base), shards, tmp_path)
+
+
+@pytest.mark.parametrize("arm", ["trees", "small"])
+def test_maps_of_arms_without_two_pathways_are_refused(
+    base: Path, shards: dict[str, Path], tmp_path: Path, arm: str
+) -> None:
+    chosen = suite(base, arrangements=["federated"], maps=["whole", arm])
+    jobs, _ = runner.plan(chosen, Study.load(base), shards, tmp_path)
+    check_maps(["whole"], jobs)
+    with pytest.raises(StudyError, match=f"maps: arm '{arm}' has no large and small pathway"):
+        check_maps(chosen.maps, jobs)
+
+
+def test_a_picture_that_fails_costs_no_table(single: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, chosen, jobs, cohort = single
+
+    def broken(*_: Any) -> None:
+        raise ValueError("no colours left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(plots, "_bars", broken)
+        runner.report(chosen, jobs, cohort, out, "fedward compare tiny")
+    text = (out / "summary.md").read_text()
+    assert "main: not drawn: no colours left" in text
+    assert "Macro AUROC" in text
+    runner.report(chosen, jobs, cohort, out, "fedward compare tiny")
+    assert "not drawn" not in (out / "summary.md").read_text()
+    with pytest.raises(FedwardError, match="1 held-out records"):
+        plots.plot_map(np.ones((2, 1, 4)), np.ones(1), "death", out / "map.png")
+
+
+def test_arms_may_have_other_tasks() -> None:
+    macro = dict.fromkeys(("accuracy", "auroc", "auprc", "precision", "recall", "f1"), 0.75)
+    rest = {"privacy": "none", "arrangement": "federated", "seed": 0, "group": "", "macro": macro}
+    rest |= {"seconds": 1.0, "peak_memory_bytes": 1, "interval": None}
+    task = {"auroc": 0.7, "precision": 0.7, "recall": 0.7}
+    results = [
+        {**rest, "row": "a", "arm": "a", "tasks": {"death": task, "stay": task}},
+        {**rest, "row": "b", "arm": "b", "tasks": {"stay": task}},
+    ]
+    chosen = Suite(name="x", study="demo", arms={"a": Arm(), "b": Arm()})
+    by_task = next(t for t in tables(chosen, results) if t.name == "tasks-auroc")
+    assert [row["b"] for row in by_task.rows] == ["–", ".700"]
 
 
 def test_the_command_lists_its_cells(base: Path, shards: dict[str, Path], tmp_path: Path) -> None:
