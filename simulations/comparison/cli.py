@@ -40,6 +40,7 @@ def compare(
     """Trains a matrix of systems, privacies and arrangements on the same patients, and writes one
     table of all. Cells that are there already are kept: the same command goes on."""
     from common.study import Study
+    from simulations.comparison.data import alone
     from simulations.comparison.inside import check_maps
     from simulations.comparison.run import plan, report, results, run
     from simulations.comparison.suite import Suite
@@ -59,42 +60,43 @@ def compare(
                 f"suite {chosen.name} has no arm '{name}'", cure=f"use {', '.join(chosen.arms)}"
             )
     folder = (out or Path("runs") / "compare" / chosen.name).expanduser().absolute()
-    if synthetic is not None:
-        from simulations.cohort.shards import synthetic_hospitals
+    with alone(folder):
+        if synthetic is not None:
+            from simulations.cohort.shards import synthetic_hospitals
 
-        with console.status("making synthetic hospitals"):
-            found = synthetic_hospitals(
-                folder / f"cohort-{synthetic}-{patients}", synthetic, patients=patients, seed=0
+            with console.status("making synthetic hospitals"):
+                found = synthetic_hospitals(
+                    folder / f"cohort-{synthetic}-{patients}", synthetic, patients=patients, seed=0
+                )
+        else:
+            assert shards is not None
+            found = find_shards(shards)
+        console.print("checking studies and shards", highlight=False)
+        made, cohort = plan(chosen, Study.load(chosen.study), found, folder, only or ())
+        check_maps(chosen.maps, made)
+        if dry_run:
+            for each in made:
+                typer.echo(each.cell.id)
+            typer.echo(f"{len(made)} cells")
+            return
+        try:
+            run(made, cohort, jobs or max(1, (os.cpu_count() or 1) // 2), console)
+        except KeyboardInterrupt:
+            console.print("interrupted; finished cells are kept, the same command goes on")
+            raise
+        finally:
+            written = report(chosen, made, cohort, folder, "fedward " + " ".join(sys.argv[1:]))
+        show = Console()
+        for table in written[:1]:
+            shown = Table(title=table.title, box=SIMPLE, caption=table.note, title_justify="left")
+            for column in table.rows[0]:
+                shown.add_column(column)
+            for row in table.rows:
+                shown.add_row(*row.values())
+            show.print(shown)
+        show.print(f"all tables and plots: {folder / 'summary.md'}", highlight=False)
+        if failed := sum("error" in result for result in results(made)):
+            raise FedwardError(
+                f"{failed} cells failed; their reasons stand in cells/*/cell.json",
+                cure="mend that, and run the same command again",
             )
-    else:
-        assert shards is not None
-        found = find_shards(shards)
-    console.print("checking studies and shards", highlight=False)
-    made, cohort = plan(chosen, Study.load(chosen.study), found, folder, only or ())
-    check_maps(chosen.maps, made)
-    if dry_run:
-        for each in made:
-            typer.echo(each.cell.id)
-        typer.echo(f"{len(made)} cells")
-        return
-    try:
-        run(made, cohort, jobs or max(1, (os.cpu_count() or 1) // 2), console)
-    except KeyboardInterrupt:
-        console.print("interrupted; finished cells are kept, the same command goes on")
-        raise
-    finally:
-        written = report(chosen, made, cohort, folder, "fedward " + " ".join(sys.argv[1:]))
-    show = Console()
-    for table in written[:1]:
-        shown = Table(title=table.title, box=SIMPLE, caption=table.note, title_justify="left")
-        for column in table.rows[0]:
-            shown.add_column(column)
-        for row in table.rows:
-            shown.add_row(*row.values())
-        show.print(shown)
-    show.print(f"all tables and plots: {folder / 'summary.md'}", highlight=False)
-    if failed := sum("error" in result for result in results(made)):
-        raise FedwardError(
-            f"{failed} cells failed; their reasons stand in cells/*/cell.json",
-            cure="mend that, and run the same command again",
-        )

@@ -10,7 +10,7 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from client.site.shard import Shard
+from common.errors import FedwardError
 from simulations.comparison.suite import Arrangement
 from simulations.merge import merge, with_split
 
@@ -158,12 +159,30 @@ def fingerprint(shards: Mapping[str, Path]) -> str:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
+    """One command at a time writes into a folder; the kernel ends the claim with the process.
+
+    Raises:
+        FedwardError: Another command is at it.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder / ".lock", fcntl.LOCK_EX | fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise FedwardError(
+                f"another command writes into {folder}",
+                cure="wait for its end, or give another folder by --out",
+            ) from None
+        yield
+
+
+@contextmanager
+def locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
     """One process at a time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        fcntl.flock(handle, how)
         yield
     finally:
         os.close(handle)

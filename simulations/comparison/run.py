@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import json
 import logging
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -33,6 +35,7 @@ from simulations.comparison.suite import Suite, cells
 from simulations.preflight import check, place
 from simulations.processes import sigterm_interrupts
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _ADAPTER = Path("run") / "adapter" / PROJECTORS
 
 
@@ -210,6 +213,8 @@ def _settle() -> None:
     logging.getLogger("fedward").setLevel(logging.ERROR)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if sys.platform == "linux":  # the forkserver ends with the parent, by whatever signal; so do we
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _line(result: Mapping[str, Any]) -> str:

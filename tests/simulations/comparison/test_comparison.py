@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +28,7 @@ from common.systems.adacomed import PRESETS, AdaCoMed
 from simulations import synthetic_hospitals
 from simulations.comparison import plots
 from simulations.comparison import run as runner
-from simulations.comparison.data import Cohort
+from simulations.comparison.data import Cohort, alone
 from simulations.comparison.inside import check_maps
 from simulations.comparison.measures import measure
 from simulations.comparison.suite import SUITES, Arm, Suite, cells, rows, study_of
@@ -372,6 +378,52 @@ def test_arms_may_have_other_tasks() -> None:
     chosen = Suite(name="x", study="demo", arms={"a": Arm(), "b": Arm()})
     by_task = next(t for t in tables(chosen, results) if t.name == "tasks-auroc")
     assert [row["b"] for row in by_task.rows] == ["–", ".700"]
+
+
+def test_one_command_at_a_time_writes_into_a_folder(
+    base: Path, shards: dict[str, Path], tmp_path: Path
+) -> None:
+    code = "import sys; from pathlib import Path; from simulations.comparison.data import alone\n"
+    code += "with alone(Path(sys.argv[1])): print('in', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"in\n"
+        with (
+            pytest.raises(FedwardError, match=f"another command writes into {tmp_path}"),
+            alone(tmp_path),
+        ):
+            pass
+        other.kill()
+        other.wait()
+    with alone(tmp_path):
+        pass
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl")
+def test_a_cell_does_not_outlive_its_parent() -> None:
+    """Killed, so that no handler runs: the forkserver ends, and with it the cell."""
+    code = "import multiprocessing, os, time\nfrom simulations.comparison import run\n"
+    code += "def cell(): run._settle(); print(os.getpid(), flush=True); time.sleep(300)\n"
+    code += "if __name__ == '__main__':\n"
+    code += "    multiprocessing.get_context('forkserver').Process(target=cell).start()\n"
+    code += "    time.sleep(300)\n"
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "parent.py"
+        script.write_text(code)
+        with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE) as parent:
+            assert parent.stdout is not None
+            child = int(parent.stdout.readline())
+            parent.kill()
+            parent.wait()
+        gone = Path(f"/proc/{child}")
+        for _ in range(100):
+            if not gone.exists() or ") Z " in (gone / "stat").read_text():
+                return
+            time.sleep(0.1)
+        os.kill(child, signal.SIGKILL)
+        pytest.fail("the cell goes on without its parent")
 
 
 def test_the_command_lists_its_cells(base: Path, shards: dict[str, Path], tmp_path: Path) -> None:
