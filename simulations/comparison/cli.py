@@ -26,9 +26,9 @@ def compare(
         str | None, typer.Option(help="Study file or ready study in place of the suite's.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the results [default: runs/compare/<suite>].")
+        Path | None, typer.Option(help="Folder of the results [default: in runs/compare].")
     ] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Only this arm; repeatable.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Run only this arm; repeatable.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Only the first N seeds.")] = None,
     jobs: Annotated[
         int | None, typer.Option(min=1, help="Cells at the same time [default: half the cores].")
@@ -42,7 +42,7 @@ def compare(
     from common.study import Study
     from simulations.comparison.data import alone
     from simulations.comparison.inside import check_maps
-    from simulations.comparison.run import plan, report, results, run
+    from simulations.comparison.run import plan, report, results, run, wanted
     from simulations.comparison.suite import Suite
     from simulations.run import find_shards
 
@@ -59,7 +59,8 @@ def compare(
             raise StudyError(
                 f"suite {chosen.name} has no arm '{name}'", cure=f"use {', '.join(chosen.arms)}"
             )
-    folder = (out or Path("runs") / "compare" / chosen.name).expanduser().absolute()
+    name = chosen.name if study is None else f"{chosen.name}-{Path(study).stem}"
+    folder = (out or Path("runs") / "compare" / name).expanduser().absolute()
     with alone(folder):
         if synthetic is not None:
             from simulations.cohort.shards import synthetic_hospitals
@@ -72,8 +73,9 @@ def compare(
             assert shards is not None
             found = find_shards(shards)
         console.print("checking studies and shards", highlight=False)
-        made, cohort = plan(chosen, Study.load(chosen.study), found, folder, only or ())
-        check_maps(chosen.maps, made)
+        planned, cohort = plan(chosen, Study.load(chosen.study), found, folder)
+        check_maps(chosen.maps, planned)
+        made = wanted(planned, only or ())
         if dry_run:
             for each in made:
                 typer.echo(each.cell.id)
@@ -85,7 +87,7 @@ def compare(
             console.print("interrupted; finished cells are kept, the same command goes on")
             raise
         finally:
-            written = report(chosen, made, cohort, folder, "fedward " + " ".join(sys.argv[1:]))
+            written = report(chosen, planned, cohort, folder, "fedward " + " ".join(sys.argv[1:]))
         show = Console()
         for table in written[:1]:
             shown = Table(title=table.title, box=SIMPLE, caption=table.note, title_justify="left")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import json
@@ -12,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -29,13 +28,14 @@ from common.study import Study
 from server.publish import PROJECTORS
 from simulations.comparison import inside, plots, tables
 from simulations.comparison.data import Cohort, fingerprint
-from simulations.comparison.execute import Job, cohort_sites, execute, finished, job
+from simulations.comparison.execute import RESULT, Job, cohort_sites, execute, job
 from simulations.comparison.measures import measure, on_everyone
 from simulations.comparison.suite import Suite, cells
 from simulations.preflight import check, place
 from simulations.processes import sigterm_interrupts
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_OF_ALL = {"macro", "tasks", "records", "seconds", "peak_memory_bytes"}  # what tables ask for
 _ADAPTER = Path("run") / "adapter" / PROJECTORS
 
 
@@ -90,7 +90,7 @@ def plan(
 
 def run(jobs: Sequence[Job], cohort: Cohort, processes: int, console: Console) -> None:
     """Runs what has no result yet; what is interrupted is done again the next time."""
-    left = [j for j in jobs if finished(j.folder, j.identity) is None]
+    left = [j for j in jobs if "error" in (stored(j) or {"error": None})]
     if done := len(jobs) - len(left):
         console.print(f"{done} of {len(jobs)} cells are there already", highlight=False)
     if not left:
@@ -131,13 +131,30 @@ def run(jobs: Sequence[Job], cohort: Cohort, processes: int, console: Console) -
 
 def results(jobs: Sequence[Job]) -> list[dict[str, Any]]:
     """Of every cell that has one, failures included, in the suite's order."""
-    found = []
+    return [result for each in jobs if (result := stored(each)) is not None]
+
+
+def stored(task: Job) -> dict[str, Any] | None:
+    """A cell's result or failure; None where there is none of this identity, or half of one."""
+    try:
+        found = json.loads((task.folder / RESULT).read_text())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(found, dict) or found.get("identity") != task.identity:
+        return None
+    whole = found.keys() >= _OF_ALL and (task.folder / "scores.npz").is_file()
+    return found if whole or "error" in found else None
+
+
+def wanted(jobs: Sequence[Job], only: Collection[str]) -> list[Job]:
+    """The cells of these arms (empty: of all), and those that they start from."""
+    by_folder, kept = {each.folder: each for each in jobs}, set()
     for each in jobs:
-        with contextlib.suppress(OSError, ValueError):
-            result = json.loads((each.folder / "cell.json").read_text())
-            if result["identity"] == each.identity:
-                found.append(result)
-    return found
+        at: Path | None = each.folder if not only or each.cell.row.base in only else None
+        while at is not None and at not in kept:
+            kept.add(at)
+            at = by_folder[at].before
+    return [each for each in jobs if each.folder in kept]
 
 
 def report(
@@ -147,6 +164,8 @@ def report(
     found = _on_the_same_records(results(jobs), jobs, cohort)
     made = tables.tables(suite, found)
     heading = f"# {suite.name}\n\n{suite.description}\n\n```sh\n{command}\n```\n"
+    for old in [*(out / "tables").glob("*.*"), *(out / "plots").glob("*.png")]:
+        old.unlink()  # of a suite that had more
     tables.write(out, made, heading)
     pictures = plots.pictures(suite, found)
     for each in jobs:

@@ -17,6 +17,7 @@ import numpy as np
 import polars as pl
 import pytest
 import tomli_w
+import typer
 from rich.console import Console
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 from typer.testing import CliRunner
@@ -366,6 +367,77 @@ def test_a_picture_that_fails_costs_no_table(single: Any, monkeypatch: pytest.Mo
         plots.plot_map(np.ones((2, 1, 4)), np.ones(1), "death", out / "map.png")
 
 
+@pytest.mark.parametrize("text", ["[]", "null", "{", "no macro", "no scores"])
+def test_half_a_cell_is_done_again(single: Any, text: str) -> None:
+    _, _, jobs, _ = single
+    where = {"no scores": "scores.npz"}.get(text, "cell.json")
+    assert runner.stored(jobs[0])
+    path = jobs[0].folder / where
+    before = path.read_bytes()
+    try:
+        if text == "no scores":
+            path.unlink()
+        elif text == "no macro":
+            path.write_text(json.dumps({"identity": jobs[0].identity}))
+        else:
+            path.write_text(text)
+        assert runner.stored(jobs[0]) is None
+        assert len(runner.results(jobs)) == len(jobs) - 1
+    finally:
+        path.write_bytes(before)
+
+
+def test_a_part_is_run_with_what_it_starts_from_and_all_is_reported(
+    done: Any, base: Path, shards: dict[str, Path]
+) -> None:
+    _, _, jobs, _ = done
+    part = {j.cell.row.name for j in runner.wanted(jobs, ["after"])}
+    assert part == {"small", "after"}
+    assert runner.wanted(jobs, ()) == jobs
+    assert {j.cell.row.name for j in runner.wanted(jobs, ["trees"])} == {"trees"}
+
+
+def test_only_keeps_the_other_arms_tables_and_old_ones_go(
+    single: Any, base: Path, shards: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from simulations.comparison.cli import compare
+
+    out, chosen, _, _ = single
+    arms = {**chosen.arms, "more": chosen.arms["trees"]}
+    more = chosen.model_copy(update={"arms": arms})
+    path = out / "suite.toml"
+    path.write_text(tomli_w.dumps(more.model_dump(mode="json", exclude_none=True)))
+    (out / "tables" / "group-old.csv").write_text("x")
+    (out / "plots" / "old.png").write_text("x")
+    app = typer.Typer()
+    app.command()(compare)
+    folder = next(iter(shards.values())).parent
+    arguments = [str(path), "--shards", str(folder), "--out", str(out)]
+    monkeypatch.setattr(runner, "run", lambda *_: None)
+    said = CliRunner().invoke(app, [*arguments, "--only", "more"])
+    assert said.exit_code == 0, said.output
+    with (out / "tables" / "group-single.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 3, "of trees, which did not run"
+    assert not (out / "tables" / "group-old.csv").exists()
+    assert not (out / "plots" / "old.png").exists()
+
+
+def test_another_study_has_a_folder_of_its_own(
+    base: Path, shards: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from simulations.comparison.cli import compare
+
+    monkeypatch.chdir(tmp_path)
+    app = typer.Typer()
+    app.command()(compare)
+    path = tmp_path / "suite.toml"
+    path.write_text(tomli_w.dumps({"name": "x", "study": "demo", "arms": {"a": {}}}))
+    arguments = [str(path), "--shards", str(next(iter(shards.values())).parent), "--dry-run"]
+    said = CliRunner().invoke(app, [*arguments, "--study", str(base)])
+    assert said.exit_code == 0, said.output
+    assert [p.name for p in (tmp_path / "runs" / "compare").iterdir()] == [f"x-{base.stem}"]
+
+
 def test_arms_may_have_other_tasks() -> None:
     macro = dict.fromkeys(("accuracy", "auroc", "auprc", "precision", "recall", "f1"), 0.75)
     rest = {"privacy": "none", "arrangement": "federated", "seed": 0, "group": "", "macro": macro}
@@ -427,8 +499,6 @@ def test_a_cell_does_not_outlive_its_parent() -> None:
 
 
 def test_the_command_lists_its_cells(base: Path, shards: dict[str, Path], tmp_path: Path) -> None:
-    import typer
-
     from simulations.comparison.cli import compare
 
     app = typer.Typer()
