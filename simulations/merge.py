@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import polars as pl
 
 from client.site.shard import Shard, write_shard
+from client.site.shard.shard import replace_folder
 
 Split = Callable[[str, str], bool]
 """Whether a patient (hospital, patient_id) validates."""
@@ -48,22 +51,34 @@ def _write(shards: list[Shard], dest: Path, name: str, validates: Split, *, pref
         for table, frames in tables.items()
         if frames
     }
-    write_shard(
-        dest,
-        meta={**shards[0].meta, "name": name, "hospital": name},
-        records=whole["records"],
-        events=whole.get("events"),
-        images=whole.get("images"),
-        notes=whole.get("notes"),
-        embeddings=whole.get("embeddings"),
-    )
-    for shard in shards:
-        if shard.images is not None:
-            for path in shard.images["path"].unique():
-                target = dest / (f"{shard.hospital}/{path}" if prefixed else path)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.symlink_to((shard.path / path).resolve())
+    with at_once(dest) as making:
+        write_shard(
+            making,
+            meta={**shards[0].meta, "name": name, "hospital": name},
+            records=whole["records"],
+            events=whole.get("events"),
+            images=whole.get("images"),
+            notes=whole.get("notes"),
+            embeddings=whole.get("embeddings"),
+            overwrite=True,
+        )
+        for shard in shards:
+            if shard.images is not None:
+                for path in shard.images["path"].unique():
+                    target = making / (f"{shard.hospital}/{path}" if prefixed else path)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.symlink_to((shard.path / path).resolve())
     return dest
+
+
+@contextmanager
+def at_once(dest: Path) -> Iterator[Path]:
+    """A folder to fill; it comes to `dest` when it is whole, in place of what lies there."""
+    making = dest.with_name(f".{dest.name}.making")
+    shutil.rmtree(making, ignore_errors=True)  # of one that was cut off
+    making.mkdir(parents=True)
+    yield making
+    replace_folder(making, dest)
 
 
 def _prefixed(frame: pl.DataFrame, hospital: str) -> pl.DataFrame:

@@ -10,7 +10,7 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from client.site.shard import Shard
 from common.errors import FedwardError
 from simulations.comparison.suite import Arrangement
-from simulations.merge import merge, with_split
+from simulations.merge import at_once, merge, with_split
 
 POOLED = "pooled"
 _DECLARED = 0.9  # of the training patients there are: a public round number lies below them
@@ -112,24 +112,23 @@ def declared(patients: int) -> int:
 
 def _thin(shard: Path, dest: Path, ratio: float, seed: int) -> None:
     """The same shard with a share of its training patients; the larger share holds the smaller."""
-    dest.mkdir(parents=True, exist_ok=True)
     records = pl.read_parquet(shard / "records.parquet")
     keep = [
         population == "validation" or _share(f"keep\0{seed}\0{_own(patient)}") < ratio
         for population, patient in records.select("population", "patient_id").iter_rows()
     ]
     records = records.filter(pl.Series(keep))
-    for item in shard.iterdir():
-        if item.name == "records.parquet":
-            records.write_parquet(dest / item.name)
-        elif item.suffix == ".parquet":
-            rows = pl.read_parquet(item)
-            rows.filter(pl.col("stay_id").is_in(records["stay_id"].implode())).write_parquet(
-                dest / item.name
-            )
-        elif item.name != "shard.toml":
-            (dest / item.name).symlink_to(item.resolve())
-    (dest / "shard.toml").write_text((shard / "shard.toml").read_text())
+    with at_once(dest) as making:
+        for item in shard.iterdir():
+            if item.name == "records.parquet":
+                records.write_parquet(making / item.name)
+            elif item.suffix == ".parquet":
+                rows = pl.read_parquet(item)
+                rows.filter(pl.col("stay_id").is_in(records["stay_id"].implode())).write_parquet(
+                    making / item.name
+                )
+            else:
+                (making / item.name).symlink_to(item.resolve())
 
 
 def _own(patient: str) -> str:
@@ -147,7 +146,8 @@ def _share(text: str) -> float:
 
 
 def fingerprint(shards: Mapping[str, Path]) -> str:
-    """Hash of the shards' tables: another export makes other cells."""
+    """Hash of the shards' tables and of name, size and time of their images (contents would take
+    minutes): another export makes other cells."""
     digest = hashlib.sha256()
     for name, path in sorted(shards.items()):
         shard = Shard.open(path)
@@ -155,6 +155,10 @@ def fingerprint(shards: Mapping[str, Path]) -> str:
         for table in sorted(shard.path.glob("*.parquet")):
             with table.open("rb") as file:
                 digest.update(table.name.encode() + hashlib.file_digest(file, "sha256").digest())
+        for image in [] if shard.images is None else sorted(shard.images["path"].unique()):
+            with suppress(OSError):  # one that is not there is told by whoever wants to read it
+                about = (shard.path / image).stat()
+                digest.update(f"{image}\0{about.st_size}\0{about.st_mtime_ns}\0".encode())
     return digest.hexdigest()
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import json
 import logging
 import multiprocessing
 import os
 import signal
-import sys
+import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -34,7 +33,6 @@ from simulations.comparison.suite import Suite, cells
 from simulations.preflight import check, place
 from simulations.processes import sigterm_interrupts
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _OF_ALL = {"macro", "tasks", "records", "seconds", "peak_memory_bytes"}  # what tables ask for
 _ADAPTER = Path("run") / "adapter" / PROJECTORS
 
@@ -232,8 +230,15 @@ def _settle() -> None:
     logging.getLogger("fedward").setLevel(logging.ERROR)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    if sys.platform == "linux":  # the forkserver ends with the parent, by whatever signal; so do we
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # Linux's PR_SET_PDEATHSIG would wait for the forkserver, which stays while a cell does.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _line(result: Mapping[str, Any]) -> str:
