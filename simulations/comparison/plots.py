@@ -18,6 +18,8 @@ from common.errors import FedwardError
 from simulations.comparison.suite import Suite
 from simulations.comparison.tables import Result, by, privacy_name
 
+_BARS = "bars: standard deviation over seeds; of a single seed, 95 % bootstrap interval"
+
 Picture = Callable[[Path], None]
 """Draws into a file."""
 
@@ -70,7 +72,7 @@ def plot_map(z_2Nd: np.ndarray, labels_N: np.ndarray, task: str, path: Path) -> 
 
 
 def _bars(results: Sequence[Result], key: str, title: str, path: Path) -> None:
-    """A dot per row, arrangement and privacy, with the standard deviation over seeds."""
+    """A dot per row, arrangement and privacy, with a bar (`_bar`)."""
     rows = list(by(results, key, "arrangement"))
     privacies = [p for (p,) in by(results, "privacy")]
     several = len({arrangement for _, arrangement in rows}) > 1
@@ -78,20 +80,21 @@ def _bars(results: Sequence[Result], key: str, title: str, path: Path) -> None:
     for offset, privacy in enumerate(privacies):
         places: list[float] = []
         means: list[float] = []
-        spreads: list[float] = []
+        spreads: list[tuple[float, float]] = []
         for place, some in enumerate(by(results, key, "arrangement").values()):
             values = _aurocs(r for r in some if r["privacy"] == privacy)
             if values:
                 places.append(place + 0.18 * (offset - (len(privacies) - 1) / 2))
                 means.append(float(np.mean(values)))
-                spreads.append(float(np.std(values, ddof=1)) if len(values) > 1 else 0.0)
+                spreads.append(_bar([r for r in some if r["privacy"] == privacy]))
+        bars = np.transpose(spreads) if spreads else None
         axis.errorbar(
-            means, places, xerr=spreads, fmt="o", ms=5, capsize=2, label=privacy_name(privacy)
+            means, places, xerr=bars, fmt="o", ms=5, capsize=2, label=privacy_name(privacy)
         )
     names = [f"{name}, {arrangement}" if several else str(name) for name, arrangement in rows]
     axis.set_yticks(range(len(rows)), names, fontsize=8)
     axis.set_ylim(len(rows) - 0.5, -0.5)
-    axis.set_xlabel("macro AUROC of held-out patients (bars: standard deviation over seeds)")
+    axis.set_xlabel(f"macro AUROC of held-out patients\n({_BARS})", fontsize=9)
     axis.grid(axis="x", alpha=0.3)
     axis.set_title(title, fontsize=10, loc="left")
     axis.legend(fontsize=8, loc="best")
@@ -106,15 +109,14 @@ def _lines(results: Sequence[Result], key: str, path: Path) -> None:
         number = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
         at = values if number else list(range(len(values)))
         means = [float(np.mean(_aurocs(cells))) for _, cells in points]
-        sd = [
-            float(np.std(_aurocs(cells), ddof=1)) if len(cells) > 1 else 0.0 for _, cells in points
-        ]
+        bars = np.transpose([_bar(cells) for _, cells in points])
         label = f"{arm}, {privacy_name(privacy)}, {arrangement}"
-        axis.errorbar(at, means, yerr=sd, marker="o", ms=4, capsize=2, label=label)
+        axis.errorbar(at, means, yerr=bars, marker="o", ms=4, capsize=2, label=label)
         if not number:
             axis.set_xticks(at, [str(v) for v in values])
     axis.set_xlabel(key)
     axis.set_ylabel("macro AUROC")
+    axis.set_title(_BARS, fontsize=8)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     _save(figure, path)
@@ -150,6 +152,16 @@ def _weights(results: Sequence[Result], path: Path) -> None:
     figure.supxlabel("round", fontsize=9)
     figure.supylabel("weight of the large pathway", fontsize=9)
     _save(figure, path)
+
+
+def _bar(results: Sequence[Result]) -> tuple[float, float]:
+    """Length of the bar below the mean, and above."""
+    values = _aurocs(results)
+    if len(values) > 1:
+        sd = float(np.std(values, ddof=1))
+        return sd, sd
+    low, high = results[0]["interval"] or (values[0], values[0])
+    return max(0.0, values[0] - low), max(0.0, high - values[0])
 
 
 def _aurocs(results: Iterable[Result]) -> list[float]:

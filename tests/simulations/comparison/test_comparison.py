@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,11 +30,11 @@ from common.systems.adacomed import PRESETS, AdaCoMed
 from simulations import synthetic_hospitals
 from simulations.comparison import plots
 from simulations.comparison import run as runner
-from simulations.comparison.data import Cohort, alone
+from simulations.comparison.data import Cohort, alone, fingerprint
 from simulations.comparison.inside import check_maps
 from simulations.comparison.measures import measure
 from simulations.comparison.suite import SUITES, Arm, Suite, cells, rows, study_of
-from simulations.comparison.tables import spread, tables
+from simulations.comparison.tables import Table, spread, tables
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -167,12 +168,14 @@ def test_tables_and_plots_are_written(done: Any) -> None:
     out, _, _, _ = done
     with (out / "tables" / "main.csv").open() as file:
         lines = list(csv.DictReader(file))
-    assert [(row[""], row["patients"]) for row in lines][:3] == [
+    assert [(row["row"], row["patients"]) for row in lines][:3] == [
         ("trees", "federated"),
         ("trees", "pooled"),
         ("trees", "local"),
     ]
-    assert lines[0]["ε = 8"] == "–", "trees have no privacy"
+    assert lines[0]["ε = 8 mean"] == "", "trees have no privacy"
+    assert 0 <= float(lines[0]["no privacy mean"]) <= 1
+    assert lines[0]["no privacy n"] == "1"
     assert {p.name for p in (out / "plots").iterdir()} >= {"main.png", "weights.png"}
     assert any(p.name.startswith("map-whole") for p in (out / "plots").iterdir())
     text = (out / "summary.md").read_text()
@@ -223,6 +226,41 @@ def test_a_smaller_share_keeps_whole_patients_and_all_who_validate(
         assert held[ratio] == held[1.0]
         assert all(0 < d <= 40 for d in hospitals.declared.values())
     assert kept[0.2] < kept[0.5] < kept[1.0]
+
+
+def test_copies_that_were_cut_off_are_made_again(
+    shards: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut off where images are linked; no half of a shard stands under its name."""
+    link = Path.symlink_to
+
+    def cut(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    for arrangement, ratio in (("pooled", 1.0), ("federated", 1.0), ("federated", 0.5)):
+        monkeypatch.setattr(Path, "symlink_to", cut)
+        cohort = Cohort(shards, 0.25, tmp_path)
+        with pytest.raises(KeyboardInterrupt):
+            cohort.hospitals(arrangement, 0, ratio)  # type: ignore[arg-type]
+        place = tmp_path / "seed-0" / ("pooled" if arrangement == "pooled" else "sites")
+        assert not list((place / ("shards" if ratio == 1 else f"shards-{ratio}")).glob("[!.]*"))
+        monkeypatch.setattr(Path, "symlink_to", link)
+        made = cohort.hospitals(arrangement, 0, ratio)  # type: ignore[arg-type]
+        for path in made.shards.values():
+            assert not Shard.open(path).check_images()
+    old = tmp_path / "seed-0" / "sites" / "shards-0.2" / next(iter(shards))
+    (old / "images").mkdir(parents=True)
+    assert (cohort.hospitals("federated", 0, 0.2).shards[old.name] / "shard.toml").exists()
+
+
+def test_another_image_makes_other_cells(shards: dict[str, Path], tmp_path: Path) -> None:
+    copy = tmp_path / "hospital"
+    shutil.copytree(next(iter(shards.values())), copy)
+    before = fingerprint({"a": copy})
+    assert fingerprint({"a": copy}) == before
+    image = next((copy / "images").rglob("*.*"))
+    image.write_bytes(image.read_bytes() + b" ")
+    assert fingerprint({"a": copy}) != before
 
 
 def test_measures_are_scikit_learns_and_none_where_undefined() -> None:
@@ -438,6 +476,74 @@ def test_another_study_has_a_folder_of_its_own(
     assert [p.name for p in (tmp_path / "runs" / "compare").iterdir()] == [f"x-{base.stem}"]
 
 
+def result(row: str, seed: int, auroc: float | None = 0.75, **more: Any) -> dict[str, Any]:
+    """Of a cell; without an AUROC it has failed."""
+    found = {"row": row, "arm": row.partition(",")[0], "group": "", "privacy": "none", "seed": seed}
+    found |= {"arrangement": "federated"}
+    if auroc is None:
+        return {**found, "error": "no room", **more}
+    macro = dict.fromkeys(("accuracy", "auroc", "auprc", "precision", "recall", "f1"), auroc)
+    found |= {"macro": macro, "tasks": {}, "seconds": 1.0, "peak_memory_bytes": 1, "interval": None}
+    return {**found, **more}
+
+
+def named(suite: Suite, results: Any) -> dict[str, Table]:
+    return {table.name: table for table in tables(suite, results)}
+
+
+def test_a_row_that_lacks_seeds_says_so_and_a_csv_holds_numbers() -> None:
+    arms = {"a": Arm(), "b": Arm(seeds=(0,))}
+    chosen = Suite(name="x", study="demo", seeds=(0, 1, 2), arms=arms)
+    some = [result("a", 0, 0.7), result("a", 1, 0.8), result("b", 0, interval=[0.7, 0.8])]
+    found = named(chosen, some)
+    assert [r["no privacy"] for r in found["main"].rows] == [
+        ".750 ± .071 (2 of 3)",
+        ".750 (.700–.800)",
+    ]
+    assert found["measures"].rows[0]["accuracy"] == ".750 ± .071 (2 of 3)"
+    failed = named(chosen, [*some, result("a", 2, None)])["main"]
+    assert failed.rows[0]["no privacy"] == ".750 ± .071 (2 of 3, 1 failed)"
+    first, second = csv.DictReader(failed.csv().splitlines())
+    assert (first["row"], first["no privacy n"], first["no privacy failed"]) == ("a", "2", "1")
+    assert float(first["no privacy mean"]) == pytest.approx(0.75)
+    assert float(first["no privacy sd"]) == pytest.approx(0.0707, abs=1e-4)
+    assert (second["no privacy sd"], second["no privacy low"]) == ("", "0.7")
+    (cost, _) = csv.DictReader(found["costs"].csv().splitlines())
+    assert cost["seconds in all"] == "1.0"
+
+
+def test_a_failure_stands_in_the_groups_table_and_whole_values_are_whole() -> None:
+    sweep = {"arm": "a", "key": "model.adacomed.width", "values": [64.0, 0.5]}
+    chosen = Suite.model_validate(
+        {"name": "x", "study": "demo", "arms": {"a": {}}, "sweeps": {"width": sweep}}
+    )
+    group: dict[str, Any] = {"group": "width", "arm": "a"}
+    own = [result("a, width 64.0", 0, None, **group, value=64.0)]
+    own += [result("a, width 0.5", 0, **group, value=0.5)]
+    swept = named(chosen, own)["group-width"]
+    assert [r["model.adacomed.width"] for r in swept.rows] == ["64", "0.5"]
+    assert [r["macro AUROC"] for r in swept.rows] == ["failed", ".750"]
+
+
+def test_a_reference_that_is_arranged_otherwise_is_still_compared() -> None:
+    arms = {"a": Arm(), "trees": Arm()}
+    chosen = Suite(name="x", study="demo", reference="trees", arms=arms)
+    some = [result("a", 0, 0.7), result("trees", 0, 0.8, arrangement="pooled")]
+    found = named(chosen, some)["differences"]
+    assert [(r["row"], r["difference"]) for r in found.rows] == [("a", "-0.100")]
+    assert "trees was not run federated, its pooled run stands for it" in found.note
+    both = [*some, result("trees", 0, 0.6)]
+    same = named(chosen, both)["differences"]
+    assert same.rows[0]["difference"] == "+0.100"
+    assert "stands for it" not in same.note
+
+
+def test_bars_are_the_interval_of_one_seed_and_the_deviation_of_several() -> None:
+    one = result("a", 0, 0.75, interval=[0.7, 0.85])
+    assert plots._bar([one]) == pytest.approx((0.05, 0.1))
+    assert plots._bar([one, result("a", 1, 0.85)]) == pytest.approx((0.0707, 0.0707), abs=1e-4)
+
+
 def test_arms_may_have_other_tasks() -> None:
     macro = dict.fromkeys(("accuracy", "auroc", "auprc", "precision", "recall", "f1"), 0.75)
     rest = {"privacy": "none", "arrangement": "federated", "seed": 0, "group": "", "macro": macro}
@@ -473,9 +579,9 @@ def test_one_command_at_a_time_writes_into_a_folder(
         pass
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="prctl")
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_a_cell_does_not_outlive_its_parent() -> None:
-    """Killed, so that no handler runs: the forkserver ends, and with it the cell."""
+    """A parent that is killed runs no handler."""
     code = "import multiprocessing, os, time\nfrom simulations.comparison import run\n"
     code += "def cell(): run._settle(); print(os.getpid(), flush=True); time.sleep(300)\n"
     code += "if __name__ == '__main__':\n"
