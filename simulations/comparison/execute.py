@@ -152,6 +152,11 @@ def _system(task: Job, hospitals: Hospitals) -> tuple[Scores, dict[str, Any]]:
         study = _alone(whole, names) if apart else whole
         place = "-".join(names) if apart else "run"
         before = None if task.before is None else task.before / place
+        if before is not None and not (before / "adapter").is_dir():
+            raise FedwardError(
+                f"the cell that it starts from, {task.before}, has failed",
+                cure="its cell.json says why",
+            )
         if before is not None:  # a copy: other arms start from the same cell, maybe now
             shutil.copytree(before / "sites", task.folder / "sites" / place, symlinks=True)
         report = run_inline(

@@ -29,7 +29,7 @@ from simulations.comparison import inside, plots, tables
 from simulations.comparison.data import Cohort, fingerprint
 from simulations.comparison.execute import RESULT, Job, cohort_sites, execute, job
 from simulations.comparison.measures import measure, on_everyone
-from simulations.comparison.suite import Suite, cells
+from simulations.comparison.suite import Cell, Suite, cells, predecessor
 from simulations.preflight import check, place
 from simulations.processes import sigterm_interrupts
 
@@ -43,7 +43,7 @@ def plan(
     """Every cell, in the order in which they can run.
 
     Args:
-        only: Arms; empty takes all.
+        only: Arms, and what they start from; empty takes all.
 
     Raises:
         FedwardError: The first study, shard or name that is wrong; nothing has run by then.
@@ -53,11 +53,24 @@ def plan(
     data, held_out = fingerprint(shards), base.evaluation.validation_fraction
     cohort = Cohort(shards, held_out, out / "data" / f"{data[:12]}-{held_out:g}")
     wanted = [c for c in cells(suite, base) if not only or c.row.base in only]
-    by_place: dict[tuple[Any, ...], Job] = {}
+    if len({cell.id for cell in wanted}) < len(wanted):
+        raise StudyError("two rows have the same name", cure="rename an arm or a sweep")
+    jobs: dict[str, Job] = {}
     points: dict[tuple[Any, ...], str] = {}
+
+    def make(cell: Cell) -> Job:
+        if cell.id not in jobs:
+            earlier = predecessor(suite, base, cell)
+            before = None if earlier is None else make(earlier)
+            made = job(cell, base, cohort, data, out / "cells")
+            if before is not None:
+                identity = f"{made.identity} after {before.identity}"
+                made = replace(made, before=before.folder, identity=identity)
+            jobs[cell.id] = made
+        return jobs[cell.id]
+
     for cell in wanted:
-        made = job(cell, base, cohort, data, out / "cells")
-        by_place[(cell.row.name, cell.privacy, cell.arrangement, cell.seed)] = made
+        made = make(cell)
         if cell.row.group in suite.sweeps:
             what = (cell.row.group, made.study.hash, cell.arrangement, cell.row.ratio)
             if other := points.get(what):
@@ -68,22 +81,18 @@ def plan(
                     "or narrow the sweep's privacy",
                 )
             points[what] = cell.row.name
-    if len({made.folder for made in by_place.values()}) < len(by_place):
-        raise StudyError("two rows have the same name", cure="rename an arm or a sweep")
-    jobs = []
-    for (_, *where), made in by_place.items():
-        first = made.cell.row.arm.after
-        before = by_place.get((first, *where)) if first else None
-        if first and before is None:
-            raise StudyError(
-                f"arm '{made.cell.row.name}' comes after '{first}', which has no run like it",
-                cure=f"give '{first}' the same privacy, arrangements and seeds",
-            )
-        if before is not None:
-            identity = f"{made.identity} after {before.identity}"
-            made = replace(made, before=before.folder, identity=identity)
-        jobs.append(made)
-    return sorted(jobs, key=lambda j: j.before is not None), cohort
+    return list(jobs.values()), cohort
+
+
+def waves(jobs: Sequence[Job]) -> list[list[Job]]:
+    """Jobs that can run at the same time; each starts from what an earlier wave, or none, made."""
+    depth: dict[Path | None, int] = {}
+    found: list[list[Job]] = []
+    for each in jobs:  # in `plan`'s order
+        depth[each.folder] = number = depth.get(each.before, -1) + 1
+        found += [[]] if number == len(found) else []
+        found[number].append(each)
+    return found
 
 
 def run(jobs: Sequence[Job], cohort: Cohort, processes: int, console: Console) -> None:
@@ -93,7 +102,6 @@ def run(jobs: Sequence[Job], cohort: Cohort, processes: int, console: Console) -
         console.print(f"{done} of {len(jobs)} cells are there already", highlight=False)
     if not left:
         return
-    waves = [[j for j in left if j.before is None], [j for j in left if j.before is not None]]
     # A process per cell, whose peak memory is its own, forked from one that has imported everything
     # and run nothing: polars hangs in a fork of a process that used it.
     context = multiprocessing.get_context("forkserver")
@@ -108,7 +116,7 @@ def run(jobs: Sequence[Job], cohort: Cohort, processes: int, console: Console) -
     with sigterm_interrupts(), Progress(*columns, console=console) as progress:
         bar = progress.add_task("cells", total=len(left), eta="")
         began, count = time.monotonic(), 0
-        for wave in (w for w in waves if w):
+        for wave in waves(left):
             pool = ProcessPoolExecutor(
                 processes, context, initializer=_settle, max_tasks_per_child=1
             )

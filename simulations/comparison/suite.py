@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ Kind = Literal["system", "haim", "dp-logistic"]
 
 SUITES = "simulations.studies.suites"
 DATA_RATIO = "data_ratio"
+SINGLE, ABLATION, BEFORE = "single", "ablation", "before"
 _KINDS_OF_SOURCES = {"images": ("image",), "notes": ("text",), "structured": ("series", "table")}
 
 
@@ -110,7 +111,23 @@ class Suite(Part):
         for name in [*named, *([self.reference] if self.reference else [])]:
             if name not in self.arms:
                 raise ValueError(f"no arm '{name}'; there are {', '.join(self.arms)}")
+        for name in self.arms:
+            self._check_after(name)
         return self
+
+    def _check_after(self, name: str) -> None:
+        chain = [name]
+        while (after := self.arms[chain[-1]].after) is not None:
+            for one in (chain[-1], after):
+                if (kind := self.arms[one].kind) != "system":
+                    raise ValueError(
+                        f"arm '{chain[-1]}' comes after '{after}', but '{one}' is of kind "
+                        f"'{kind}': only arms of kind 'system' have adapters"
+                    )
+            if after in chain:
+                circle = " after ".join(f"'{one}'" for one in [*chain, after])
+                raise ValueError(f"no arm can be the first: {circle}")
+            chain.append(after)
 
     @classmethod
     def load(cls, source: str | Path) -> Suite:
@@ -149,7 +166,8 @@ class Row:
 
     Attributes:
         base: The arm of the suite that it comes from.
-        group: What it belongs to beside the main table: a sweep's name, `single`, `ablation`.
+        group: What it belongs to beside the main table: a sweep's name, `single`, `ablation`; or
+            `before`, in no table but the costs': what such a row starts from.
         value: Of the sweep's key; source or kind of sources of the others.
     """
 
@@ -187,14 +205,14 @@ def rows(suite: Suite, study: Study) -> list[Row]:
     for base in suite.single_sources:
         for source in _sources(suite.arms[base], study):
             arm = _narrowed(suite.arms[base], (source,))
-            found.append(Row(f"{base}, {source} alone", arm, base, "single", source))
+            found.append(Row(f"{base}, {source} alone", arm, base, SINGLE, source))
     for base in suite.ablations:
         own = _sources(suite.arms[base], study)
         for kind, modalities in _KINDS_OF_SOURCES.items():
             left = tuple(s for s in own if study.sources[s].modality not in modalities)
             if left and len(left) < len(own):
                 arm = _narrowed(suite.arms[base], left)
-                found.append(Row(f"{base}, without {kind}", arm, base, "ablation", kind))
+                found.append(Row(f"{base}, without {kind}", arm, base, ABLATION, kind))
     return found
 
 
@@ -243,6 +261,43 @@ def cells(suite: Suite, study: Study) -> list[Cell]:
                 for seed in arm.seeds or suite.seeds:
                     found.append(Cell(row, privacy, arrangement, seed))
     return found
+
+
+def predecessor(suite: Suite, study: Study, cell: Cell) -> Cell | None:
+    """The cell whose adapter this one starts from; None where its arm comes after none.
+
+    It has seen no more than this one will: the same share of the patients, and of its own sources
+    those that this one has where it is narrowed. Where that leaves it as it is in the suite, it is
+    that arm's own cell.
+
+    Raises:
+        StudyError: There is no such cell.
+    """
+    row, name = cell.row, cell.row.arm.after
+    if name is None:
+        return None
+    arm = suite.arms[name]
+    where = {"privacy": cell.privacy, "arrangements": cell.arrangement, "seeds": cell.seed}
+    if any(value not in (getattr(arm, k) or getattr(suite, k)) for k, value in where.items()):
+        raise StudyError(
+            f"arm '{row.name}' comes after '{name}', which has no run like it",
+            cure=f"give '{name}' the same privacy, arrangements and seeds",
+        )
+    whole = left = _sources(arm, study)
+    if row.arm.sources != suite.arms[row.base].sources:
+        left = tuple(source for source in whole if source in row.arm.sources)
+    if not left:
+        raise StudyError(
+            f"'{row.name}' comes after '{name}', which has none of its sources",
+            cure=f"take '{row.base}' out of 'single_sources' and 'ablations', or its 'after' away",
+        )
+    if left == whole and row.ratio == 1:
+        return replace(cell, row=Row(name, arm, name))
+    told = [f"{row.ratio:g} of the patients"] if row.ratio < 1 else []
+    told += [" and ".join(left)] if left != whole else []
+    narrow = arm if left == whole else arm.model_copy(update={"sources": left})
+    label = f"{name} ({', '.join(told)})"
+    return replace(cell, row=Row(label, narrow, name, BEFORE, ratio=row.ratio))
 
 
 def study_of(base: Study, cell: Cell, sites: Mapping[str, int]) -> Study:
