@@ -6,14 +6,14 @@ so here a mistake is named, with file and cure, before Flower and the daemon cos
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from client.site.encoders.registry import build_encoder
-from client.site.model.files import require
+from client.site.model.files import locate, require
 from client.site.model.fusion.sources import check_sources
 from client.site.shard import Shard
-from common.errors import StudyError
+from common.errors import FedwardError, StudyError
 from common.study import Source, Study, unknown
 from common.systems import SYSTEMS
 
@@ -22,8 +22,8 @@ _TABLE = {"series": "events", "text": "notes", "image": "images", "embedding": "
 
 
 def check(study: Study, shards: Mapping[str, Path]) -> list[str]:
-    """Checks language model, encoders, the sources that the system's options name and every shard,
-    and that each task and source of the study is known to one hospital at least.
+    """Checks language model, LoRA, encoders, the sources that the system's options name and every
+    shard, and that each task and source of the study is known to one hospital at least.
 
     Args:
         shards: Folder of each site that takes part.
@@ -34,23 +34,65 @@ def check(study: Study, shards: Mapping[str, Path]) -> list[str]:
     Raises:
         FedwardError: The first thing that is wrong.
     """
-    if SYSTEMS[study.model.system].has_slm:
-        require(study.model.slm, study.model.revision)
+    _there(study)
+    opened = _opened(shards, _has_images(study))
+    _known(study, opened)
+    return list(dict.fromkeys(line for shard in opened for line in _origin(shard)))
+
+
+def check_arms(arms: Mapping[str, Study], shards: Mapping[str, Path]) -> None:
+    """As `check`, for several studies over the same shards, which are opened once.
+
+    Args:
+        arms: By what the user calls each of them.
+
+    Raises:
+        StudyError: The first thing that is wrong, and the arm's name.
+    """
+    opened = _opened(shards, any(map(_has_images, arms.values())))
+    for name, study in arms.items():
+        try:
+            _there(study)
+            _known(study, opened)
+        except FedwardError as error:
+            raise StudyError(f"arm '{name}': {error}") from None
+
+
+def _has_images(study: Study) -> bool:
+    return any(source.modality == "image" for source in study.sources.values())
+
+
+def _there(study: Study) -> None:
+    """Encoders, language model, matrices in it for LoRA, sources that options name."""
+    model = study.model
+    if SYSTEMS[model.system].has_slm:
+        require(model.slm, model.revision)
+        files = locate(model.slm, model.revision)
+        if model.lora is not None and files is not None:
+            files.lora_parameters(model.lora)
     check_sources(study)
     for source in study.sources.values():
         build_encoder(source)
-    without = set(study.sources)
-    tasks: dict[str, None] = {}
-    origins: dict[str, None] = {}
-    images = _IMAGES if any(s.modality == "image" for s in study.sources.values()) else 0
+
+
+def _opened(shards: Mapping[str, Path], look: bool) -> list[Shard]:
+    """The shards, and whether their images can be read."""
+    images, opened = _IMAGES if look else 0, []
     for path in shards.values():
         shard = Shard.open(path)
         images -= shard.images.height if shard.images is not None else 0
         if images > 0 and (problems := shard.check_images()):
             raise problems[0]
+        opened.append(shard)
+    return opened
+
+
+def _known(study: Study, shards: Iterable[Shard]) -> None:
+    without = set(study.sources)
+    tasks: dict[str, None] = {}
+    for shard in shards:
         tasks |= dict.fromkeys(shard.tasks)
         without -= {name for name in without if _has(shard, name, study.sources[name])}
-        origins |= dict.fromkeys(_origin(shard))
     for task in study.tasks:
         if task not in tasks:
             raise unknown("task", task, tasks, cure="name a label column y_<task> of the shards")
@@ -61,7 +103,6 @@ def check(study: Study, shards: Mapping[str, Path]) -> list[str]:
                 f"no hospital has anything for source '{name}' in its {table}.parquet",
                 cure=f"take sources.{name} out of the study, or mend what it names",
             )
-    return list(origins)
 
 
 def place(study: Study) -> Study:

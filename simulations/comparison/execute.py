@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import resource
 import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from client.site.shard import Shard
 from common.errors import FedwardError
 from common.files import write_atomically
 from common.study import Study, resolve
+from simulations import stories
 from simulations.comparison import inside
 from simulations.comparison.data import Cohort, Hospitals, declared, locked
 from simulations.comparison.measures import measure
@@ -159,16 +162,17 @@ def _system(task: Job, hospitals: Hospitals) -> tuple[Scores, dict[str, Any]]:
             )
         if before is not None:  # a copy: other arms start from the same cell, maybe now
             shutil.copytree(before / "sites", task.folder / "sites" / place, symlinks=True)
-        report = run_inline(
-            study,
-            {name: hospitals.shards[name] for name in names},
-            task.folder / place,
-            vaults={name: hospitals.vaults[name] for name in names},
-            start=None if before is None else before / "adapter",
-            sites=None if before is None else task.folder / "sites" / place,
-            threads=1,
-            on_round=None if apart else trace.of(hospitals),
-        )
+        with _telling(task.folder / place):
+            report = run_inline(
+                study,
+                {name: hospitals.shards[name] for name in names},
+                task.folder / place,
+                vaults={name: hospitals.vaults[name] for name in names},
+                start=None if before is None else before / "adapter",
+                sites=None if before is None else task.folder / "sites" / place,
+                threads=1,
+                on_round=None if apart else trace.of(hospitals),
+            )
         parts += _exact(task.folder / place / "sites" / name for name in names)
         told["parameters"] = report.trainable_parameters
         told["train_seconds"] += report.seconds.train
@@ -178,6 +182,23 @@ def _system(task: Job, hospitals: Hospitals) -> tuple[Scores, dict[str, Any]]:
     if trace.points:
         told["weights"] = trace.points
     return _together(parts), told
+
+
+@contextmanager
+def _telling(out: Path) -> Iterator[None]:
+    """Keeps the hospitals' log of the run in `out`, and adds to its error why they declined."""
+    log = out / "logs" / "daemon.log"
+    log.parent.mkdir(parents=True)
+    handler, logger = logging.FileHandler(log), logging.getLogger("fedward.daemon")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+    try:
+        yield
+    except FedwardError as error:
+        raise FedwardError(f"{error}{stories.told(stories.stories(out))}") from error
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
 
 
 def _declared(study: Study, hospitals: Hospitals, sites: list[Populations]) -> Study:

@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -30,7 +30,7 @@ from simulations.comparison.data import Cohort, fingerprint
 from simulations.comparison.execute import RESULT, Job, cohort_sites, execute, job
 from simulations.comparison.measures import measure, on_everyone
 from simulations.comparison.suite import Cell, Suite, cells, predecessor
-from simulations.preflight import check, place
+from simulations.preflight import check_arms, place
 from simulations.processes import sigterm_interrupts
 
 _OF_ALL = {"macro", "tasks", "records", "seconds", "peak_memory_bytes"}  # what tables ask for
@@ -49,7 +49,6 @@ def plan(
         FedwardError: The first study, shard or name that is wrong; nothing has run by then.
     """
     base = place(base)
-    check(base, shards)
     data, held_out = fingerprint(shards), base.evaluation.validation_fraction
     cohort = Cohort(shards, held_out, out / "data" / f"{data[:12]}-{held_out:g}")
     wanted = [c for c in cells(suite, base) if not only or c.row.base in only]
@@ -81,7 +80,18 @@ def plan(
                     "or narrow the sweep's privacy",
                 )
             points[what] = cell.row.name
+    check_arms(_distinct(jobs.values()), shards)
     return list(jobs.values()), cohort
+
+
+def _distinct(jobs: Iterable[Job]) -> dict[str, Study]:
+    """A study of each sort, by the first row that has it: seeds, arrangements and what is trained
+    how make no difference to whether it can be built and read."""
+    found: dict[str, tuple[str, Study]] = {}
+    for each in jobs:
+        kinds = each.study.model_dump_json(include={"sources", "tasks", "model"})
+        found.setdefault(kinds, (each.cell.row.name, each.study))
+    return dict(found.values())
 
 
 def waves(jobs: Sequence[Job]) -> list[list[Job]]:

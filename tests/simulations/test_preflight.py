@@ -202,3 +202,9 @@ def test_the_command_line_says_one_thing_and_fails(
     assert said in " ".join(told.split())
     assert "error" in told
     assert "Traceback" not in told
+
+
+def test_lora_on_what_the_language_model_lacks_is_told(cohort: dict[str, Path]) -> None:
+    lora = {"rank": 2, "targets": ["qq_proj"]}
+    with pytest.raises(FedwardError, match=r"no matrix 'qq_proj' for LoRA[\s\S]*cure: "):
+        check(demo(lambda raw: raw["model"].update(lora=lora)), cohort)

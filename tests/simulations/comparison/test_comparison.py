@@ -24,13 +24,14 @@ from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 from typer.testing import CliRunner
 
 from client.site.shard import Shard
-from common.errors import FedwardError, StudyError
+from common.errors import EncoderError, FedwardError, StudyError
 from common.study import Study
 from common.systems.adacomed import PRESETS, AdaCoMed
 from simulations import synthetic_hospitals
 from simulations.comparison import plots
 from simulations.comparison import run as runner
 from simulations.comparison.data import Cohort, alone, fingerprint
+from simulations.comparison.execute import execute
 from simulations.comparison.inside import check_maps
 from simulations.comparison.measures import measure
 from simulations.comparison.suite import SUITES, Arm, Suite, cells, rows, study_of
@@ -685,3 +686,45 @@ def test_contrast_within_the_batch_trains_in_the_column_without_privacy_alone() 
             with pytest.raises(StudyError, match="negatives = 'batch' puts every patient into"):
                 study_of(study, cell, {"somewhere": 100})
     assert seen == 4
+
+
+@pytest.mark.parametrize(
+    ("study", "told"),
+    [
+        ({"model": {"lora": {"rank": 2, "targets": ["qq_proj"]}}}, "no matrix 'qq_proj' for LoRA"),
+        ({"model": {"slm": "/nowhere"}}, "/nowhere has no config.json"),
+        ({"sources": {"lab": {"series": ["sodum"]}}}, "sodum"),
+        ({"sources": {"note": {"encoder": "hashd"}}}, "hashd"),
+        ({"tasks": {"gout": {}}}, "unknown task 'gout'"),
+        (
+            {"model": {"system": "adacomed", "adacomed": {"modalities": {"x": ["labs"]}}}},
+            "unknown source 'labs'",
+        ),
+        (
+            {"model": {"system": "llama-fusion", "llama_fusion": {"vision": ["mri"]}}},
+            "no source 'mri'",
+        ),
+        ({"model": {"system": "m-llm", "m_llm": {"groups": {"ecg": "text"}}}}, "source 'ecg'"),
+    ],
+)
+def test_what_an_arm_cannot_build_or_read_is_told_before_anything_runs(
+    base: Path, shards: dict[str, Path], tmp_path: Path, study: Any, told: str
+) -> None:
+    arms = {"good": {}, "a": {"study": study}}
+    chosen = Suite.model_validate({"name": "x", "study": str(base), "arms": arms})
+    with pytest.raises(FedwardError, match=f"^arm 'a': .*{told}"):
+        runner.plan(chosen, Study.load(base), shards, tmp_path)
+
+
+def test_a_failed_cell_says_why_the_hospitals_declined(
+    base: Path, shards: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = Suite.model_validate({"name": "x", "study": str(base), "arms": {"a": {}}})
+    (task, *_), cohort = runner.plan(chosen, Study.load(base), shards, tmp_path)
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise EncoderError("no such weights", cure="copy them")
+
+    monkeypatch.setattr("client.site.daemon.hospital.encode_site", broken)
+    error = execute(task, cohort)["error"]
+    assert "riverside, northgate: no such weights\n    cure: copy them" in error, error
