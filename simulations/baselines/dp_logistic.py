@@ -3,8 +3,8 @@
 Every site runs patient-level DP-SGD on its own records (Poisson-sampled patients, each patient's
 gradient clipped, Gaussian noise in float64, a declared denominator; Abadi et al. 2016) and sends
 its weights after some steps; the coordinator averages them with constant weights (FedAvg). Noise is
-local: full at each site, as in the privacy mode `local`. Features are those of the model: eleven
-statistics per series, age and sex.
+local: full at each site, as in the privacy mode `local`. Features are those of the model: here
+eleven statistics per series, age and sex; in a comparison the embeddings of the study's sources.
 
     python -m simulations.baselines.dp_logistic FOLDER --declared 350 550 900 650
 
@@ -27,10 +27,12 @@ from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 
 from client.site.encoders import series
+from client.site.encoders.dataset import Dataset
 from client.site.shard import clinical
 from client.site.training.entropy import Entropy
 from common.errors import ShardError, StudyError
 from common.privacy.pricing import calibrate_noise_multiplier
+from simulations.baselines.haim import Table, table_of
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,20 @@ def features(records: pl.DataFrame, events: pl.DataFrame) -> np.ndarray:
         parts.append(series.statistics(events, records, kind, names)[0])
     parts.append(series.demographics(records)[0])
     return np.concatenate(parts, axis=1).astype(np.float64)
+
+
+def features_of(table: Table) -> np.ndarray:
+    """Embeddings side by side, zero where a source is absent, `[N, D]` float64."""
+    return np.nan_to_num(table.x, nan=0.0).astype(np.float64)
+
+
+def arrays_of(data: Dataset, patients_declared: int) -> SiteArrays:
+    """Of each patient the first record whose label, the study's only one, is known."""
+    table = table_of(data)
+    known = np.flatnonzero(table.labels[:, 0] >= 0)
+    rows = known[np.unique(table.patients[known], return_index=True)[1]]
+    y = table.labels[rows, 0].astype(np.float64)
+    return SiteArrays(features_of(table)[rows], y, patients_declared)
 
 
 def trains_by_hash(patient_id: str) -> bool:

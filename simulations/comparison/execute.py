@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 from client.site.encoders.run import Populations, encode_site
 from client.site.encoders.vault import Vault
 from client.site.shard import Shard
-from common.errors import FedwardError
+from common.errors import FedwardError, StudyError
 from common.files import write_atomically
 from common.study import Study, resolve
 from simulations import stories
@@ -66,7 +66,7 @@ def job(cell: Cell, base: Study, cohort: Cohort, data: str, folder: Path) -> Job
     """
     study = study_of(base, cell, cohort_sites(cohort, cell).declared)
     if cell.row.arm.kind == "dp-logistic" and len(study.tasks) != 1:
-        raise FedwardError(
+        raise StudyError(
             f"arm '{cell.row.name}': logistic regression knows one task, study '{study.name}' has "
             f"{len(study.tasks)}",
             cure="take the arm out, or compare on a study of one task",
@@ -264,27 +264,27 @@ def _haim(task: Job, hospitals: Hospitals) -> tuple[Scores, dict[str, Any]]:
 
 
 def _dp_logistic(task: Job, hospitals: Hospitals) -> tuple[Scores, dict[str, Any]]:
-    from simulations.baselines import dp_logistic
+    from simulations.baselines import dp_logistic, haim
 
-    (name,) = task.study.tasks
     apart = task.cell.arrangement == "local"
-    sites, held = [], []
-    for hospital, path in hospitals.shards.items():
-        records = Shard.open(path).records
-        training = set(
-            records.filter(records["population"] == "train")["patient_id"].unique().to_list()
-        )
-        declared = [hospitals.declared[hospital]]
-        found, x, y = dp_logistic.load_sites([path], name, declared, training.__contains__)
-        sites += found
-        held.append((x, y))
-    epsilon, began = task.cell.epsilon, time.monotonic()
+    sites, held, start = [], [], 0
+    for site in _encode(task.study, hospitals):
+        sites.append(dp_logistic.arrays_of(site.train, declared(site.train.n_patients)))
+        held.append(haim.table_of(site.validation, start))
+        start += site.validation.n_patients
+    epsilon, began, privacy = task.cell.epsilon, time.monotonic(), task.study.privacy
+    recipe = replace(
+        dp_logistic.recipe_for(epsilon),
+        sample_rate=privacy.sample_rate,
+        max_grad_norm=privacy.max_grad_norm,
+        spare=privacy.spare_rounds,
+    )
     weights = [
         dp_logistic.fit_dp_logistic(
             some,
             epsilon=epsilon,
-            delta=task.study.privacy.delta,
-            recipe=dp_logistic.recipe_for(epsilon),
+            delta=privacy.delta,
+            recipe=recipe,
             seed=task.cell.seed if epsilon is None else None,
         )
         for some in ([[site] for site in sites] if apart else [sites])
@@ -292,11 +292,13 @@ def _dp_logistic(task: Job, hospitals: Hospitals) -> tuple[Scores, dict[str, Any
     seconds = time.monotonic() - began
     each = weights if apart else weights * len(held)
     # The intercept is the public prevalence's, which puts logit 0 where classes balance.
-    logits = np.concatenate([x @ w for (x, _), w in zip(held, each, strict=True)])
-    labels = np.concatenate([y for _, y in held]).astype(np.int8)
+    logits = np.concatenate(
+        [dp_logistic.features_of(table) @ w for table, w in zip(held, each, strict=True)]
+    )
+    whole = haim.pooled(held)
     spent: Mapping[str, float | None] = dict.fromkeys(hospitals.shards, epsilon)
     told = {"parameters": len(weights[0]), "train_seconds": seconds, "epsilon": spent}
-    return Scores(logits[:, None], labels[:, None], np.arange(len(labels))), told
+    return Scores(logits[:, None], whole.labels, whole.patients), told
 
 
 _KINDS = {"system": _system, "haim": _haim, "dp-logistic": _dp_logistic}

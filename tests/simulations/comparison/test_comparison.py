@@ -728,3 +728,44 @@ def test_a_failed_cell_says_why_the_hospitals_declined(
     monkeypatch.setattr("client.site.daemon.hospital.encode_site", broken)
     error = execute(task, cohort)["error"]
     assert "riverside, northgate: no such weights\n    cure: copy them" in error, error
+
+
+@pytest.fixture(scope="module")
+def one_task(base: Path) -> Path:
+    raw = Study.load(base).model_dump(mode="json", exclude_none=True)
+    raw["tasks"] = dict([next(iter(raw["tasks"].items()))])
+    path = base.parent / "one.toml"
+    path.write_text(tomli_w.dumps(raw))
+    return path
+
+
+def test_logistic_regression_reads_the_arms_sources_and_scores_what_the_others_score(
+    one_task: Path, shards: dict[str, Path], tmp_path: Path
+) -> None:
+    logistic = {"kind": "dp-logistic", "arrangements": ["federated", "local"]}
+    arms = {
+        "trees": {"kind": "haim", "privacy": ["none"]},
+        "whole": logistic,
+        "lab": logistic | {"sources": ["lab"]},
+        "short": logistic | {"study": {"privacy": {"max_grad_norm": 1e-6}}},
+    }
+    chosen = Suite.model_validate(
+        {"name": "x", "study": str(one_task), "privacy": ["none", 8.0], "arms": arms}
+    )
+    jobs, cohort = runner.plan(chosen, Study.load(one_task), shards, tmp_path)
+    found = {job.cell.id: execute(job, cohort) for job in jobs}
+    assert not [result["error"] for result in found.values() if "error" in result]
+    every = {job.cell.id: np.load(job.folder / "scores.npz") for job in jobs}
+    trees = every["trees_none_federated_0"]
+    assert len(set(trees["patients"])) < len(trees["patients"]), "some have several records"
+    for name, one in every.items():
+        if not name.startswith("lab"):
+            np.testing.assert_array_equal(one["labels"], trees["labels"])
+            same = [np.unique(some["patients"], return_inverse=True)[1] for some in (one, trees)]
+            np.testing.assert_array_equal(*same)
+    widths = {name: found[f"{name}_none_federated_0"]["parameters"] for name in ("whole", "lab")}
+    assert 0 < widths["lab"] < widths["whole"]
+    short, whole = (
+        np.abs(every[f"{name}_eps8_federated_0"]["logits"]).max() for name in ("short", "whole")
+    )
+    assert short < 1e-3 * whole, "the arm's own bound is the one that holds"
