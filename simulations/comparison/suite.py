@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from client.site.model.fusion.sources import check_sources
 from common.errors import StudyError, explain
@@ -24,7 +24,59 @@ Kind = Literal["system", "haim", "dp-logistic"]
 SUITES = "simulations.studies.suites"
 DATA_RATIO = "data_ratio"
 SINGLE, ABLATION, BEFORE = "single", "ablation", "before"
+_READS: Mapping[str, tuple[str, ...]] = {
+    "haim": ("sources", "tasks", "complete_records_only"),
+    "dp-logistic": (
+        *("sources", "tasks", "complete_records_only"),
+        *("privacy.delta", "privacy.sample_rate", "privacy.max_grad_norm", "privacy.spare_rounds"),
+    ),
+}
+"""What of a study makes a difference to the kinds that are no system."""
+
+_COLUMN = "that is the table's column: use the suite's or the arm's 'privacy'"
+_DECLARED = "each hospital declares nine tenths of its training patients"
+_SETTLED = {
+    "privacy.mode": _COLUMN,
+    "privacy.epsilon": _COLUMN,
+    "privacy.noise_multiplier": _COLUMN,
+    "evaluation.epsilon": _COLUMN,
+    "evaluation.noise_multiplier": _COLUMN,
+    "evaluation.validation_fraction": "all arms hold out the same patients: the suite's study "
+    "decides how many",
+    "federation.sites": _DECLARED,
+    "federation.patients_declared": _DECLARED,
+    "seed": "use the suite's or the arm's 'seeds'",
+    "start": "use 'after'",
+}
+"""Keys of a study that the comparison sets itself, and what to do instead."""
+
+_OF_SOURCES = {
+    "adacomed": ("modalities", "small_modalities"),
+    "llama_fusion": ("vision",),
+    "m_llm": ("groups",),
+}
+"""Options of the systems that name sources."""
+
 _KINDS_OF_SOURCES = {"images": ("image",), "notes": ("text",), "structured": ("series", "table")}
+
+
+def _some(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not values:
+        raise ValueError("must not be empty")
+    if len(set(values)) < len(values):
+        raise ValueError("names a value twice")
+    return values
+
+
+def _spent(values: tuple[Privacy, ...]) -> tuple[Privacy, ...]:
+    if any(value != "none" and not value > 0 for value in values):
+        raise ValueError("an epsilon is above 0")
+    return values
+
+
+Privacies = Annotated[tuple[Privacy, ...], AfterValidator(_some), AfterValidator(_spent)]
+Arrangements = Annotated[tuple[Arrangement, ...], AfterValidator(_some)]
+Seeds = Annotated[tuple[int, ...], AfterValidator(_some)]
 
 
 class Arm(Part):
@@ -44,9 +96,9 @@ class Arm(Part):
     kind: Kind = "system"
     study: dict[str, Any] = {}
     sources: tuple[str, ...] = ()
-    privacy: tuple[Privacy, ...] | None = None
-    arrangements: tuple[Arrangement, ...] | None = None
-    seeds: tuple[int, ...] | None = None
+    privacy: Privacies | None = None
+    arrangements: Arrangements | None = None
+    seeds: Seeds | None = None
     after: str | None = None
     grid: Literal["full", "one"] = "one"
 
@@ -61,10 +113,10 @@ class Sweep(Part):
 
     arm: str
     key: str
-    values: tuple[float | str | bool, ...] = Field(min_length=1)
-    privacy: tuple[Privacy, ...] | None = None
-    arrangements: tuple[Arrangement, ...] | None = None
-    seeds: tuple[int, ...] | None = None
+    values: Annotated[tuple[float | str | bool, ...], AfterValidator(_some)]
+    privacy: Privacies | None = None
+    arrangements: Arrangements | None = None
+    seeds: Seeds | None = None
 
 
 class Suite(Part):
@@ -83,25 +135,14 @@ class Suite(Part):
     description: str = ""
     study: str
     reference: str | None = None
-    seeds: tuple[int, ...] = (0,)
-    privacy: tuple[Privacy, ...] = ("none", 8.0, 2.0)
-    arrangements: tuple[Arrangement, ...] = ("federated",)
+    seeds: Seeds = (0,)
+    privacy: Privacies = ("none", 8.0, 2.0)
+    arrangements: Arrangements = ("federated",)
     arms: dict[Key, Arm] = Field(min_length=1)
     sweeps: dict[Key, Sweep] = {}
     single_sources: tuple[str, ...] = ()
     ablations: tuple[str, ...] = ()
     maps: tuple[str, ...] = ()
-
-    @field_validator("seeds", "privacy", "arrangements")
-    @classmethod
-    def _some(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        if not values:
-            raise ValueError("must not be empty")
-        if len(set(values)) < len(values):
-            raise ValueError("names a value twice")
-        if any(isinstance(v, float) and not v > 0 for v in values):
-            raise ValueError("an epsilon is above 0")
-        return values
 
     @model_validator(mode="after")
     def _known(self) -> Suite:
@@ -113,6 +154,17 @@ class Suite(Part):
                 raise ValueError(f"no arm '{name}'; there are {', '.join(self.arms)}")
         for name in self.arms:
             self._check_after(name)
+        for name in self.sweeps:
+            if name in (SINGLE, ABLATION, BEFORE):
+                raise ValueError(f"a sweep cannot be named '{name}': that is another table's name")
+        several: list[Arm | Sweep] = [*self.arms.values(), *self.sweeps.values()]
+        for one in several:
+            arm = self.arms[one.arm] if isinstance(one, Sweep) else one
+            if arm.kind == "haim" and "none" not in (one.privacy or arm.privacy or self.privacy):
+                raise ValueError(
+                    "an arm of kind 'haim' runs without privacy only, and 'none' is not in its "
+                    "'privacy'"
+                )
         return self
 
     def _check_after(self, name: str) -> None:
@@ -139,7 +191,7 @@ class Suite(Part):
         ready = resources.files(SUITES).joinpath(f"{source}.toml")
         path = Path(source)
         try:
-            text = ready.read_text() if ready.is_file() else path.read_text()
+            content = ready.read_bytes() if ready.is_file() else path.read_bytes()
         except OSError as error:
             names = sorted(
                 f.name.removesuffix(".toml")
@@ -151,8 +203,8 @@ class Suite(Part):
                 cure=f"give a TOML file, or a ready suite: {', '.join(names)}",
             ) from None
         try:
-            return cls.model_validate(tomllib.loads(text))
-        except tomllib.TOMLDecodeError as error:
+            return cls.model_validate(tomllib.loads(content.decode()))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise StudyError(f"{source} is not TOML: {error}") from None
         except ValidationError as error:
             raise StudyError(
@@ -190,7 +242,7 @@ def rows(suite: Suite, study: Study) -> list[Row]:
         for value in sweep.values:
             arm, ratio = suite.arms[sweep.arm], 1.0
             if sweep.key == DATA_RATIO:
-                ratio = float(value)
+                ratio = value if isinstance(value, float) else 0.0
                 if not 0 < ratio <= 1:
                     raise StudyError(f"sweep '{name}': data_ratio {value} is not in (0, 1]")
             else:
@@ -204,28 +256,35 @@ def rows(suite: Suite, study: Study) -> list[Row]:
             found.append(Row(label, arm.model_copy(update=only), sweep.arm, name, value, ratio))
     for base in suite.single_sources:
         for source in _sources(suite.arms[base], study):
-            arm = _narrowed(suite.arms[base], (source,))
+            arm = _narrowed(suite, base, (source,))
             found.append(Row(f"{base}, {source} alone", arm, base, SINGLE, source))
     for base in suite.ablations:
         own = _sources(suite.arms[base], study)
         for kind, modalities in _KINDS_OF_SOURCES.items():
-            left = tuple(s for s in own if study.sources[s].modality not in modalities)
+            left = tuple(s for s, modality in own.items() if modality not in modalities)
             if left and len(left) < len(own):
-                arm = _narrowed(suite.arms[base], left)
+                arm = _narrowed(suite, base, left)
                 found.append(Row(f"{base}, without {kind}", arm, base, ABLATION, kind))
     return found
 
 
-def _narrowed(arm: Arm, sources: tuple[str, ...]) -> Arm:
-    first = arm.arrangements and arm.arrangements[:1]
+def _narrowed(suite: Suite, name: str, sources: tuple[str, ...]) -> Arm:
+    arm = suite.arms[name]
+    first = (arm.arrangements or suite.arrangements)[:1]
     return arm.model_copy(update={"sources": sources, "arrangements": first})
 
 
-def _sources(arm: Arm, study: Study) -> tuple[str, ...]:
+def _sources(arm: Arm, study: Study) -> dict[str, str]:
+    """The arm's sources, those that it brings itself included, and the modality of each."""
+    modalities = {name: str(source.modality) for name, source in study.sources.items()}
+    own = arm.study.get("sources")
+    for name, source in own.items() if isinstance(own, Mapping) else ():
+        said = source.get("modality", "") if isinstance(source, Mapping) else ""
+        modalities[name] = str(said) or modalities.get(name, "")
     for name in arm.sources:
-        if name not in study.sources:
-            raise unknown("source", name, study.sources)
-    return arm.sources or tuple(study.sources)
+        if name not in modalities:
+            raise unknown("source", name, modalities)
+    return {name: m for name, m in modalities.items() if name in arm.sources or not arm.sources}
 
 
 @dataclass(frozen=True)
@@ -283,7 +342,7 @@ def predecessor(suite: Suite, study: Study, cell: Cell) -> Cell | None:
             f"arm '{row.name}' comes after '{name}', which has no run like it",
             cure=f"give '{name}' the same privacy, arrangements and seeds",
         )
-    whole = left = _sources(arm, study)
+    whole = left = tuple(_sources(arm, study))
     if row.arm.sources != suite.arms[row.base].sources:
         left = tuple(source for source in whole if source in row.arm.sources)
     if not left:
@@ -309,20 +368,19 @@ def study_of(base: Study, cell: Cell, sites: Mapping[str, int]) -> Study:
     Raises:
         StudyError: What the arm lays over the study does not fit; the text names the arm.
     """
-    over = cell.row.arm.study
-    if set(over.get("privacy", {})) & {"mode", "epsilon"}:
-        raise StudyError(
-            f"arm '{cell.row.name}' sets its own privacy.mode or epsilon",
-            cure="that is the table's column: use the suite's or the arm's 'privacy'",
-        )
+    over, below = cell.row.arm.study, base.model_dump(mode="json")
+    _check_over(over, below, cell.row)
     match over:
         # The base has every key: a preset is laid over it as the keys that it stands for.
         case {"model": {"adacomed": {"preset": _} as own} as model}:
             over = {**over, "model": {**model, "adacomed": written_out(own)}}
-    raw = merged(base.model_dump(mode="json"), over)
+    raw = merged(below, over)
     raw["privacy"]["mode"] = "none" if cell.epsilon is None else "local"
     own = _sources(cell.row.arm, base)
-    raw["sources"] = {name: raw["sources"][name] for name in base.sources if name in own}
+    gone = raw["sources"].keys() - own.keys()
+    raw["sources"] = {name: source for name, source in raw["sources"].items() if name in own}
+    if gone:
+        raw["model"] = _without(raw["model"], gone, cell.row.name)
     raw["federation"]["sites"] = {n: {"patients_declared": count} for n, count in sites.items()}
     try:
         study = Study.model_validate(raw)
@@ -332,6 +390,64 @@ def study_of(base: Study, cell: Cell, sites: Mapping[str, int]) -> Study:
     except StudyError as error:
         raise StudyError(f"arm '{cell.row.name}': {error}") from None
     return study
+
+
+def _check_over(over: Mapping[str, Any], below: Mapping[str, Any], row: Row) -> None:
+    """Whether what an arm or a sweep lays over the study can make a difference."""
+    for key, value in over.items():
+        if isinstance(below.get(key), Mapping) and not isinstance(value, Mapping):
+            raise StudyError(
+                f"arm '{row.name}': study.{key} is a section, not {value!r}",
+                cure=f"name a key within it: study.{key}.<key>",
+            )
+    reads = _READS.get(row.arm.kind)
+    for key in _dotted(over):
+        for settled, cure in _SETTLED.items():
+            if _within(key, settled):
+                raise StudyError(f"arm '{row.name}' sets its own {key}", cure=cure)
+        if reads is not None and not any(_within(key, read) for read in reads):
+            raise StudyError(
+                f"arm '{row.name}' is of kind '{row.arm.kind}', on which {key} has no effect",
+                cure=f"take it out; what has one is {', '.join(reads)}",
+            )
+
+
+def _dotted(sections: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in sections.items():
+        if isinstance(value, Mapping):
+            yield from (f"{key}.{below}" for below in _dotted(value))
+        else:
+            yield key
+
+
+def _within(key: str, section: str) -> bool:
+    return f"{key}.".startswith(f"{section}.")
+
+
+def _without(model: Mapping[str, Any], gone: Set[str], name: str) -> dict[str, Any]:
+    """The model without what its options say of sources that the arm leaves out."""
+    changed: dict[str, Any] = {}
+    for section, keys in _OF_SOURCES.items():
+        own: Any = model.get(section)
+        for key in keys if isinstance(own, Mapping) else ():
+            if key in own and own[key] != (left := _left(own[key], gone)):
+                if section == "adacomed" and not left:
+                    raise StudyError(
+                        f"arm '{name}' leaves no source of model.adacomed.{key}",
+                        cure="name others there too, or do not run the arm without these sources",
+                    )
+                own = {**own, key: left}
+        changed |= {section: own} if section in model else {}
+    return {**model, **changed}
+
+
+def _left(named: Any, gone: Set[str]) -> Any:
+    """A list of sources, or groups of them, or what is said of each: without those that are gone,
+    and without groups that had no others."""
+    if isinstance(named, Mapping):
+        rest = {k: _left(v, gone) for k, v in named.items() if k not in gone}
+        return {k: v for k, v in rest.items() if v}
+    return [s for s in named if s not in gone] if isinstance(named, list | tuple) else named
 
 
 def _nested(dotted: str, value: Any) -> dict[str, Any]:
