@@ -84,15 +84,6 @@ def cohort_sites(cohort: Cohort, cell: Cell) -> Hospitals:
     return cohort.hospitals(cell.arrangement, cell.seed, cell.row.ratio)
 
 
-def finished(folder: Path, identity: str) -> dict[str, Any] | None:
-    """The result that lies in a folder, if it is of this identity and no failure."""
-    try:
-        found: dict[str, Any] = json.loads((folder / RESULT).read_text())
-    except (OSError, ValueError):
-        return None
-    return found if found.get("identity") == identity and "error" not in found else None
-
-
 def execute(task: Job, cohort: Cohort) -> dict[str, Any]:
     """Runs a cell, writes `cell.json` and `scores.npz`, and returns the former.
 
