@@ -38,12 +38,9 @@ _ADAPTER = Path("run") / "adapter" / PROJECTORS
 
 
 def plan(
-    suite: Suite, base: Study, shards: Mapping[str, Path], out: Path, only: Sequence[str] = ()
+    suite: Suite, base: Study, shards: Mapping[str, Path], out: Path
 ) -> tuple[list[Job], Cohort]:
     """Every cell, in the order in which they can run.
-
-    Args:
-        only: Arms, and what they start from; empty takes all.
 
     Raises:
         FedwardError: The first study, shard or name that is wrong; nothing has run by then.
@@ -51,8 +48,8 @@ def plan(
     base = place(base)
     data, held_out = fingerprint(shards), base.evaluation.validation_fraction
     cohort = Cohort(shards, held_out, out / "data" / f"{data[:12]}-{held_out:g}")
-    wanted = [c for c in cells(suite, base) if not only or c.row.base in only]
-    if len({cell.id for cell in wanted}) < len(wanted):
+    matrix = cells(suite, base)
+    if len({cell.id for cell in matrix}) < len(matrix):
         raise StudyError("two rows have the same name", cure="rename an arm or a sweep")
     jobs: dict[str, Job] = {}
     points: dict[tuple[Any, ...], str] = {}
@@ -68,7 +65,7 @@ def plan(
             jobs[cell.id] = made
         return jobs[cell.id]
 
-    for cell in wanted:
+    for cell in matrix:
         made = make(cell)
         if cell.row.group in suite.sweeps:
             what = (cell.row.group, made.study.hash, cell.arrangement, cell.row.ratio)

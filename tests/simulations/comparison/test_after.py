@@ -11,7 +11,6 @@ import tomli_w
 
 from common.errors import StudyError
 from common.study import Study
-from simulations import synthetic_hospitals
 from simulations.comparison import run as runner
 from simulations.comparison.execute import Job, execute
 from simulations.comparison.suite import Suite
@@ -19,11 +18,6 @@ from simulations.comparison.suite import Suite
 pytestmark = pytest.mark.timeout(400)
 
 SMALL = {"width": 48, "shared_width": 8, "prototypes": 3}
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return synthetic_hospitals(tmp_path_factory.mktemp("cohort"), 2, patients=40)
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +46,8 @@ def suite(base: Path, **changes: Any) -> Suite:
 
 
 def planned(base: Path, shards: dict[str, Path], out: Path, *only: str, **changes: Any) -> Any:
-    jobs, cohort = runner.plan(suite(base, **changes), Study.load(base), shards, out, only)
-    return {job.cell.row.name: job for job in jobs}, cohort
+    jobs, cohort = runner.plan(suite(base, **changes), Study.load(base), shards, out)
+    return {job.cell.row.name: job for job in runner.wanted(jobs, only)}, cohort
 
 
 def chain(jobs: dict[str, Job], name: str) -> list[Job]:

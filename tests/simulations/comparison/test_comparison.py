@@ -27,7 +27,6 @@ from client.site.shard import Shard
 from common.errors import EncoderError, FedwardError, StudyError
 from common.study import Study
 from common.systems.adacomed import PRESETS, AdaCoMed
-from simulations import synthetic_hospitals
 from simulations.comparison import plots
 from simulations.comparison import run as runner
 from simulations.comparison.data import Cohort, alone, fingerprint
@@ -40,11 +39,6 @@ from simulations.comparison.tables import Table, spread, tables
 pytestmark = pytest.mark.timeout(400)
 
 SMALL = {"width": 48, "shared_width": 8, "prototypes": 3}
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return synthetic_hospitals(tmp_path_factory.mktemp("cohort"), 2, patients=40)
 
 
 @pytest.fixture(scope="module")
