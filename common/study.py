@@ -556,7 +556,8 @@ def _read(path: str | Path, above: tuple[str, ...]) -> dict[str, Any]:
             f"no study at {path}",
             cure=f"give a TOML file or one of: {', '.join(sorted(ready))}",
         )
-    if str(file) in above:
+    own = str(Path(str(file)).resolve())
+    if own in above:
         raise StudyError(f"{path} is based on itself", cure="end the chain of [base] sections")
     try:
         raw = _parsed(file.read_text(), str(path))
@@ -571,9 +572,10 @@ def _read(path: str | Path, above: tuple[str, ...]) -> dict[str, Any]:
             f"{path}: [base]: {explain(error)}", cure="its keys are study, sources, tasks"
         ) from None
     beside = base.study if base.study in ready else Path(str(file)).parent / base.study
-    below = _read(beside, (*above, str(file)))
+    below = _read(beside, (*above, own))
     for kind in ("sources", "tasks"):
-        kept, there = getattr(base, kind), below.get(kind, {})
+        kept, there = getattr(base, kind), below.get(kind)
+        there = there if isinstance(there, Mapping) else {}
         for name in kept or ():
             if name not in there:
                 raise unknown(kind[:-1], name, there, cure=f"{base.study} is the base of {path}")

@@ -186,6 +186,8 @@ def test_a_study_is_laid_over_its_base(tmp_path: Path) -> None:
     ("base", "said"),
     [
         ('study = "above.toml"', "above.toml is based on itself"),
+        ('study = "sub/../above.toml"', "above.toml is based on itself"),
+        ('study = "odd.toml"\ntasks = ["pneumonia"]', "unknown task 'pneumonia'"),
         ('study = "nowhere.toml"', "no study at .*nowhere.toml"),
         ('study = "demo"\ntasks = ["pneumonja"]', "unknown task 'pneumonja'; did you mean 'pneumo"),
         ('study = "demo"\ntask = ["pneumonia"]', r"\[base\]: task"),
@@ -193,6 +195,8 @@ def test_a_study_is_laid_over_its_base(tmp_path: Path) -> None:
     ],
 )
 def test_a_base_that_cannot_be_is_refused(base: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "odd.toml").write_text("tasks = 3")
     above = tmp_path / "above.toml"
     above.write_text(f'name = "above"\n[base]\n{base}\n')
     with pytest.raises(StudyError, match=said):

@@ -21,10 +21,8 @@ SMALL = {"width": 48, "shared_width": 8, "prototypes": 3}
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    raw = Study.load("demo").model_dump(mode="json", exclude_none=True)
-    for name in set(raw["sources"]) - {"lab", "note"}:
-        del raw["sources"][name]
+def base(two_sources: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    raw = two_sources
     raw["model"] = {"system": "adacomed", "adacomed": SMALL}
     raw["training"]["steps_per_round"] = 2
     raw["federation"] |= {"rounds": 1, "quorum": 1.0, "sites": {}}
